@@ -1,0 +1,340 @@
+"""Data: what an image is here, every data set by its name or path, the out-of-distribution (OOD) sets, and image grids.
+
+An image is float32, (C, H, W), in [-1, 1], inside the network; on disk and in memory it is uint8, 0 to 255, and a batch at
+a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribution or not, goes through the one function
+`prepare`, so that no set can be told from another by how it was handled.
+
+    letterpress                      42 letters, drawn with matplotlib's typefaces and printed badly on purpose (built in)
+    digits                           scikit-learn's scanned digits, 1,797 images of 8x8 (built in)
+    mnist, fashion-mnist, kmnist,    torchvision's sets, kept under --data-root and downloaded only when missing
+    emnist-letters, omniglot, cifar10, svhn
+    PATH                             the course folder GLYPHS (train.npy, val.npy, test.npy, ood_ta.npy, ood_tb.npy), or a
+                                     folder with one folder of images per class, as it is or inside train, val, test
+"""
+import contextlib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torchvision import datasets
+from torchvision.transforms.v2 import functional as TF
+from torchvision.utils import make_grid
+
+matplotlib.use('Agg')  # files, never windows: the scripts run on machines without a screen
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+class DataError(ValueError):
+    """Data that cannot be used as they are, with the file and the way out in its message."""
+
+
+@dataclass
+class Split:
+    """One part of a data set: images uint8 (N, C, H, W), labels int64 (N,), both on the device that trains."""
+    images: torch.Tensor
+    labels: torch.Tensor
+
+    def __len__(self):
+        return len(self.labels)
+
+    def batch(self, index):
+        """Images float32 (B, C, H, W) in [-1, 1] and labels (B,) at the positions `index` (B,)."""
+        return to_float(self.images[index]), self.labels[index]
+
+    def to(self, device):
+        return Split(self.images.to(device), self.labels.to(device))
+
+
+@dataclass
+class Data:
+    """A data set: its three splits, its class names by label, and the OOD sets that come with it, uint8 (N, C, H, W)."""
+    train: Split
+    val: Split
+    test: Split
+    class_names: list
+    ood: dict = field(default_factory=dict)
+
+
+# --- pixels ---------------------------------------------------------------------------------------------------------
+
+def to_float(images):
+    """uint8 0..255 -> float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float in [-1, 1] -> uint8 0..255, the inverse of `to_float`; values outside are clamped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def prepare(images, image_size):
+    """The course's preprocessing: min-max scale each image, resize its shorter side (antialiased), crop the centre.
+
+    Args:
+        images: (N, C, H, W), any numeric type and range. A constant image becomes 0 everywhere, not NaN.
+        image_size: side of the result, in pixels.
+
+    Returns:
+        uint8 (N, C, image_size, image_size).
+    """
+    done = []
+    for part in torch.as_tensor(images).split(1024):  # bounds the memory that floats take
+        part = part.float()
+        low, high = (f(part, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))  # (B, 1, 1, 1)
+        part = (part - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+        part = TF.center_crop(TF.resize(part, [image_size], antialias=True), [image_size])  # (B, C, size, size)
+        done.append(to_uint8(part * 2 - 1))
+    return torch.cat(done)
+
+
+def match_channels(images, channels):
+    """(N, 1 or 3, H, W) -> (N, channels, H, W): grey is repeated, colour is turned into its luminance."""
+    if images.shape[1] == channels:
+        return images
+    return images.expand(-1, 3, -1, -1) if channels == 3 else TF.rgb_to_grayscale(images)
+
+
+# --- data sets ------------------------------------------------------------------------------------------------------
+
+def load_data(name, image_size=None, data_root='.data', seed=0):
+    """Load a data set by its name or path (see the top of this file).
+
+    Args:
+        image_size: side of the images; None is 16 for digits, 56 for glyphs and folders, torchvision's own otherwise.
+        data_root: folder in which downloads and the rendered letterpress are kept.
+        seed: of the random splits and of the letterpress rendering.
+
+    Raises:
+        DataError: the set is missing, damaged or unusable.
+    """
+    if name == 'letterpress':
+        return load_letterpress(image_size or 56, data_root, seed)
+    if name == 'digits':
+        return split_stratified(load_scans(image_size or 16), load_digits().target, list('0123456789'), seed, name)
+    if name in TORCHVISION:
+        return load_torchvision(name, image_size or TORCHVISION[name][1], data_root, seed)
+    folder = Path(name)
+    if (folder / 'train.npy').exists():
+        return load_glyphs(folder, image_size or 56)
+    if folder.is_dir():
+        return load_folder(folder, image_size or 56, seed)
+    known = ', '.join(['letterpress', 'digits', *TORCHVISION])
+    raise DataError(f'--data {name}: no such folder, and no data set of that name ({known})')
+
+
+def split_stratified(images, labels, class_names, seed, name):
+    """Split 70/15/15 at random into train, val and test, each class in the same shares."""
+    labels = np.asarray(labels)
+    counts = np.bincount(labels, minlength=len(class_names))
+    if len(counts) < 2 or counts.min() < 8:
+        raise DataError(f'--data {name}: class {class_names[counts.argmin()]!r} has {counts.min()} images; a split into '
+                        'train, val and test needs two classes or more, of at least 8; add images or take the class out')
+    rest, test = train_test_split(np.arange(len(labels)), test_size=.15, stratify=labels, random_state=seed)
+    train, val = train_test_split(rest, test_size=len(test), stratify=labels[rest], random_state=seed)
+    return Data(*(Split(images[part], torch.from_numpy(labels[part]).long()) for part in (train, val, test)), class_names)
+
+
+def load_scans(image_size):
+    """scikit-learn's 1,797 scanned digits, uint8 (1797, 1, image_size, image_size)."""
+    return prepare(load_digits().images[:, None], image_size)  # (N, 8, 8) -> (N, 1, 8, 8) -> (N, 1, size, size)
+
+
+def load_glyphs(folder, image_size):
+    """The course folder: train.npy, val.npy, test.npy with images (N, H, W) and then labels (N,) in the same file.
+
+    Class names come from `classes.txt` in the folder or NAME_classes.txt beside it, one a line; else they are numbers.
+    """
+    arrays = {stem: read_arrays(folder / f'{stem}.npy', labelled=True) for stem in ('train', 'val', 'test')}
+    num_classes = 1 + max(int(labels.max()) for _, labels in arrays.values())
+    names = [str(label) for label in range(num_classes)]
+    for file in (folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'):
+        if file.exists():
+            names = file.read_text().split()
+            if len(names) != num_classes or len(set(names)) != num_classes:
+                raise DataError(f'{file}: {len(set(names))} different names for {num_classes} classes; '
+                                'write one name a line, or remove the file')
+            break
+    return Data(*(Split(prepare(images, image_size), labels) for images, labels in arrays.values()), names,
+                {stem: prepare(read_arrays(folder / f'{stem}.npy', labelled=False)[0], image_size)
+                 for stem in ('ood_ta', 'ood_tb') if (folder / f'{stem}.npy').exists()})
+
+
+def read_arrays(path, labelled):
+    """Images (N, 1, H, W), and labels int64 (N,) or None, from the arrays that np.save wrote to `path`, no pickles."""
+    try:
+        with open(path, 'rb') as file:
+            images = torch.from_numpy(np.load(file, allow_pickle=False)[:, None])  # (N, H, W) -> (N, 1, H, W)
+            labels = torch.from_numpy(np.load(file, allow_pickle=False)) if labelled else None
+    except (OSError, EOFError, ValueError, TypeError, IndexError) as error:
+        wanted = 'images (N, H, W), then integer labels (N,)' if labelled else 'one array of images (N, H, W)'
+        raise DataError(f'{path}: not readable as {wanted}, each written by np.save ({error})') from error
+    if images.ndim != 4 or 0 in images.shape or images.is_complex() or not torch.isfinite(images).all():
+        raise DataError(f'{path}: images must be finite numbers (N, H, W); these are {images.dtype} '
+                        f'{tuple(images[:, 0].shape)}')
+    if labels is None:
+        return images, None
+    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.min() < 0:
+        raise DataError(f'{path}: labels must be {len(images)} integers from 0 on; these are {labels.dtype} '
+                        f'{tuple(labels.shape)}')
+    return images, labels.long()
+
+
+def load_folder(folder, image_size, seed):
+    """A folder of class folders, split 70/15/15, or with train, val and test folders that each hold the class folders."""
+    parts = [folder / part for part in ('train', 'val', 'test')] if (folder / 'train').is_dir() else [folder]
+    try:
+        sets = [datasets.ImageFolder(part, loader=read_image) for part in parts]
+        images = [torch.cat([prepare(image[None], image_size) for image, _ in part]) for part in sets]  # (N, 3, size, size)
+    except OSError as error:  # torchvision's own words name the folder, the class or the file
+        raise DataError(f'--data {folder}: {error}') from error
+    if any(part.classes != sets[0].classes for part in sets):
+        raise DataError(f'--data {folder}: train, val and test must hold the same class folders')
+    if all((part[:, :1] == part).all() for part in images):
+        images = [part[:, :1] for part in images]  # grey throughout: (N, 3, size, size) -> (N, 1, size, size)
+    if len(sets) == 1:
+        return split_stratified(images[0], sets[0].targets, sets[0].classes, seed, folder)
+    return Data(*(Split(x, torch.tensor(part.targets)) for x, part in zip(images, sets)), sets[0].classes)
+
+
+def read_image(path):
+    """An image file as (3, H, W): upright, transparency on white paper, 16-bit and float files with all their levels."""
+    with Image.open(path) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode[0] in 'IF':
+            return torch.from_numpy(np.array(image, dtype=np.float32)).expand(3, -1, -1)  # (H, W) -> (3, H, W)
+        image = image.convert('RGBA')
+        paper = Image.new('RGBA', image.size, 'white')
+        return TF.pil_to_tensor(Image.alpha_composite(paper, image).convert('RGB'))  # (3, H, W)
+
+
+TORCHVISION = {  # name: class, image size, arguments for the training part, arguments for the test part
+    'mnist': (datasets.MNIST, 28, {'train': True}, {'train': False}),
+    'fashion-mnist': (datasets.FashionMNIST, 28, {'train': True}, {'train': False}),
+    'kmnist': (datasets.KMNIST, 28, {'train': True}, {'train': False}),
+    'emnist-letters': (datasets.EMNIST, 28, {'train': True, 'split': 'letters'}, {'train': False, 'split': 'letters'}),
+    'cifar10': (datasets.CIFAR10, 32, {'train': True}, {'train': False}),
+    'svhn': (datasets.SVHN, 32, {'split': 'train'}, {'split': 'test'}),
+    'omniglot': (datasets.Omniglot, 56, {'background': True}, None),
+}
+
+
+def load_torchvision(name, image_size, data_root, seed):
+    """One of torchvision's sets; validation is a tenth of its training part, stratified (Omniglot is split 70/15/15)."""
+    dataset, _, train_arguments, test_arguments = TORCHVISION[name]
+    images, labels, names = read_torchvision(dataset, name, image_size, data_root, train_arguments)
+    if test_arguments is None:
+        return split_stratified(images, labels, names, seed, name)
+    test_images, test_labels, _ = read_torchvision(dataset, name, image_size, data_root, test_arguments)
+    train, val = train_test_split(np.arange(len(labels)), test_size=.1, stratify=labels, random_state=seed)
+    return Data(Split(images[train], labels[train]), Split(images[val], labels[val]), Split(test_images, test_labels), names)
+
+
+def read_torchvision(dataset, name, image_size, data_root, arguments):
+    """Prepared images (N, C, size, size), labels (N,) and class names of one part, downloaded if it is not there yet."""
+    try:
+        part = dataset(data_root, **arguments, download=False)
+    except RuntimeError:
+        try:
+            part = dataset(data_root, **arguments, download=True)
+        except (RuntimeError, OSError) as error:
+            raise DataError(f'--data {name}: not under --data-root {data_root}, and not to be downloaded '
+                            f'({str(error).strip().splitlines()[0]})') from error
+    if hasattr(part, 'data'):
+        images = torch.as_tensor(part.data)
+        images = images[:, None] if images.ndim == 3 else images  # (N, H, W) -> (N, 1, H, W)
+        images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images  # (N, H, W, 3) -> (N, 3, H, W)
+        labels = torch.as_tensor(getattr(part, 'targets', getattr(part, 'labels', None))).long()
+    else:  # Omniglot reads one file at a time
+        images = torch.stack([TF.pil_to_tensor(image) for image, _ in part])  # (N, 1, 105, 105)
+        labels = torch.tensor([label for _, label in part])
+    names = [str(label) for label in range(int(labels.max()) + 1)]
+    if name == 'emnist-letters':  # stored lying on their side, and counted from 1
+        images, labels, names = images.transpose(2, 3), labels - 1, list('abcdefghijklmnopqrstuvwxyz')
+    elif hasattr(part, 'classes'):
+        names = [label.split(' - ')[0].replace(' ', '_') for label in part.classes]  # MNIST says '5 - five'
+    return prepare(images, image_size), labels, names
+
+
+# --- out-of-distribution sets ---------------------------------------------------------------------------------------
+
+def load_ood(name, data, seed=0):
+    """An OOD set by name, uint8 (N, C, H, W) of the size and channels of `data`, as many images as it has for testing.
+
+    `data.ood` holds those of the data themselves: ood_ta (clutter) and ood_tb (ligatures) of a course folder, clutter and
+    ligatures of letterpress. `noise` is uniform, and `digits` are scikit-learn's scans.
+    """
+    count, channels, size, _ = data.test.images.shape
+    if name in data.ood:
+        return data.ood[name]
+    if name == 'noise':
+        generator = torch.Generator().manual_seed(seed)
+        return torch.randint(256, data.test.images.shape, dtype=torch.uint8, generator=generator)
+    if name == 'digits':
+        return match_channels(load_scans(size), channels)[:count]
+    raise DataError(f'--ood {name}: choose from {", ".join([*data.ood, "noise", "digits"])}')
+
+
+# --- files and pictures ---------------------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Open `path` for binary writing so that it is replaced as a whole, or, on any error, left as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}')
+    try:
+        with open(temporary, 'wb') as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_figure(figure, path):
+    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
+    with atomic_write(path) as file:
+        figure.savefig(file, format='png', dpi=figure.dpi)
+    plt.close(figure)
+
+
+def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None, zoom=None):
+    """Write images as a grid that explains itself.
+
+    Args:
+        x: float (N, C, H, W) in [-1, 1].
+        path: PNG file to write.
+        columns: images in a row.
+        title, rows, heads, captions: text above the grid, left of each row, above each column, below each image.
+        zoom: screen pixels for one image pixel; None makes an image about 56 pixels wide.
+    """
+    height, width = x.shape[2:]
+    zoom = zoom or max(1, round(56 / width))
+    gap = 2 if captions is None else 2 + -(-12 // zoom)  # room for a caption of 12 screen pixels
+    x = torch.nn.functional.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
+    grid = make_grid(to_uint8(x), nrow=columns, padding=0).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
+    left = 8 * max((len(str(row)) for row in rows), default=0) + 8 if rows else 8
+    top = 8 + 16 * sum(text is not None for text in (title, heads))
+    size = np.array([left + 8 + zoom * grid.shape[1], top + 8 + zoom * grid.shape[0]])  # screen pixels
+    figure = plt.figure(figsize=size / 100, dpi=100)
+    axes = figure.add_axes([left / size[0], 8 / size[1], zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
+    axes.imshow(grid, interpolation='nearest', aspect='auto')
+    axes.set_axis_off()
+    number = len(x) // columns + (len(x) % columns > 0)
+    for i, text in enumerate(rows or []):
+        axes.text(-4 / zoom, i * (height + gap) + height / 2, text, ha='right', va='center', fontsize=8)
+    for i, text in enumerate(heads or []):
+        axes.text(i * (width + 2) + width / 2, -2 / zoom, text, ha='center', va='bottom', fontsize=8)
+    for i, text in enumerate(captions or []):
+        axes.text(i % columns * (width + 2) + width / 2, i // columns * (height + gap) + height + 1 / zoom, text,
+                  ha='center', va='top', fontsize=6)
+    if title:
+        figure.text(left / size[0], 1 - 4 / size[1], title, ha='left', va='top', fontsize=9)
+    save_figure(figure, path)

@@ -1,0 +1,186 @@
+"""The energy-based model: a small Swish CNN, the sign of its energy, where and how it computes, and its checkpoints.
+
+One network gives K logits f(x)[y], and everything else follows (Grathwohl et al. 2020, "Your classifier is secretly an
+energy based model and you should treat it like one", equations 4 to 7):
+
+    E(x, y) = -f(x)[y]                      joint energy
+    E(x)    = -logsumexp_y f(x)[y]          marginal energy, so exp(-E(x)) sums exp(-E(x, y)) over y
+    p(y|x)  = softmax_y f(x)[y]             the classifier: the normalising constant of p(x, y) cancels
+
+Low energy = likely = in-distribution. With K = 1 the same class is a plain energy-based model without labels.
+"""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+FORMAT = 1  # of the checkpoint; raised whenever an older file could be misread
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read, with the way out in its message."""
+
+
+class EnergyModel(nn.Module):
+    """Convolutions with Swish, adaptive average pooling and one linear layer (course task 3.1).
+
+    Every activation is smooth, since the sampler follows dE/dx, and there is no batch normalisation, since the energy of
+    one image must not depend on the others in its batch (nor on whether they are real or synthetic).
+
+    Args:
+        num_classes: K, the number of logits; 1 is a plain EBM.
+        channels: C, 1 for grey, 3 for RGB.
+        width: feature maps of the first convolution; the later ones have 2, 4, 4 and 4 times as many.
+        precision: 'fp32', or 'bf16' for bfloat16 convolutions. Logits and energies are float32 either way.
+    """
+
+    def __init__(self, num_classes=1, channels=1, width=32, precision='fp32'):
+        super().__init__()
+        self.settings = {'num_classes': num_classes, 'channels': channels, 'width': width}
+        self.precision = precision
+        self.features = nn.Sequential(                                               # for x (B, C, 56, 56):
+            nn.Conv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),           # (B, 32, 30, 30)
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU(),          # (B, 64, 15, 15)
+            nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 8, 8)
+            nn.Conv2d(4 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 4, 4)
+            nn.Conv2d(4 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 2, 2)
+            nn.AdaptiveAvgPool2d(1), nn.Flatten())                                   # (B, 128), whatever the image size
+        self.head = nn.Linear(4 * width, num_classes)
+        self.to(memory_format=torch.channels_last)  # the layout in which CPU and GPU convolutions are fastest
+
+    def get_logits(self, x):
+        """f(x)[y] for all y: x (B, C, H, W) in [-1, 1] -> (B, K), float32."""
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=self.precision == 'bf16'):
+            h = self.features(x.contiguous(memory_format=torch.channels_last))  # (B, C, H, W) -> (B, 4 * width)
+        return self.head(h.float())  # (B, K); in float32, where logsumexp keeps its digits
+
+    def forward(self, x, y=None):
+        """The unnormalised log density, (B,): f(x)[y] where labels y (B,) are given, else f(x) = logsumexp_y f(x)[y]."""
+        logits = self.get_logits(x)  # (B, K)
+        if y is None:
+            return logits.logsumexp(dim=1)  # (B, K) -> (B,)
+        return logits.gather(1, y[:, None]).squeeze(1)  # (B, K) -> (B, 1) -> (B,)
+
+    def energy(self, x, y=None):
+        """E(x, y) = -f(x)[y] or E(x) = -f(x), (B,): low for what is likely."""
+        return -self(x, y)
+
+
+# --- device, precision, command line ----------------------------------------------------------------------------------
+
+class CommandLine(argparse.ArgumentParser):
+    """argparse with the flags that all scripts share, real defaults in --help, and mistakes told in one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def add_shared_arguments(self):
+        group = self.add_argument_group('machine')
+        group.add_argument('--seed', type=whole(0), default=0, help='of everything random')
+        group.add_argument('--device', type=device, default='auto', help='auto (the fastest there is), cpu, cuda or mps')
+        group.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
+                           help='of the convolutions; auto is bf16 where the machine computes it natively')
+
+    def parse_args(self, argv=None):
+        args = super().parse_args(argv)
+        args.device = choose_device(args.device)
+        args.precision = choose_precision(args.precision, args.device)
+        return args
+
+    def error(self, message):
+        self.exit(2, f'{self.prog}: {message}\n')
+
+
+def fail(error):
+    """Tell a user's mistake in one line and leave with exit status 2."""
+    print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it stands, and the default of every flag."""
+
+
+def whole(low):
+    """argparse type: an integer of at least `low`."""
+    def parse(text):
+        if not text.lstrip('-').isdigit() or int(text) < low:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {low} or more')
+        return int(text)
+    return parse
+
+
+def real(low, high=float('inf')):
+    """argparse type: a finite number from `low` to `high`."""
+    def parse(text):
+        try:
+            value = float(text)
+        except ValueError:
+            value = float('nan')
+        if not low <= value <= high or value == float('inf'):
+            raise argparse.ArgumentTypeError(f'{text!r} is not a number from {low:g} to {high:g}')
+        return value
+    return parse
+
+
+def device(text):
+    """argparse type: 'auto', 'cpu', 'cuda[:n]' or 'mps', and it must be there."""
+    kind, _, index = text.partition(':')
+    count = {'auto': 1, 'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind)
+    if count is None or (index and kind != 'cuda'):
+        raise argparse.ArgumentTypeError(f'{text!r} is none of auto, cpu, cuda, cuda:0, mps')
+    if not (index or '0').isdigit() or int(index or 0) >= count:
+        raise argparse.ArgumentTypeError(f'{text!r} is not on this machine; use --device auto')
+    return text
+
+
+def choose_device(text):
+    if text != 'auto':
+        return torch.device(text)
+    return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+
+
+def choose_precision(text, device):
+    """bf16 pays where there is hardware for it: NVIDIA from Ampere on, processors with AVX512-BF16 or AMX."""
+    if text != 'auto':
+        return text
+    if device.type == 'cuda':
+        return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp32'
+    return 'bf16' if device.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16') else 'fp32'
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def save_checkpoint(file, model, **facts):
+    """Write a checkpoint to an open binary file: the weights, what rebuilds the network, and `facts` (plain values)."""
+    torch.save({'format': FORMAT, 'settings': model.settings, 'weights': model.state_dict(), **facts}, file)
+
+
+def read_checkpoint(path):
+    """The checkpoint's dictionary, on the CPU. Only tensors and plain values are read; no file can run code here.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or no checkpoint of this project.
+    """
+    try:
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as error:  # torch.load raises whatever the bytes make it raise
+        reason = 'no such file' if not os.path.exists(path) else 'it cannot be read as one'
+        raise CheckpointError(f'{path}: not a checkpoint: {reason}; train one with python train.py') from error
+    if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
+        raise CheckpointError(f'{path}: written by another program or version; train one with python train.py')
+    return checkpoint
+
+
+def load_model(path, device, precision):
+    """Rebuild the network of a checkpoint in evaluation mode; returns it and the checkpoint's dictionary."""
+    checkpoint = read_checkpoint(path)
+    model = EnergyModel(**checkpoint['settings'], precision=precision)
+    try:
+        model.load_state_dict(checkpoint['weights'])
+    except RuntimeError as error:
+        raise CheckpointError(f'{path}: its weights do not fit its settings; the file is damaged') from error
+    return model.to(device).eval().requires_grad_(False), checkpoint

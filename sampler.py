@@ -1,0 +1,115 @@
+"""SGLD and the reservoir of chains: how samples are drawn from an energy (course tasks 3.2 and 3.3).
+
+Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,).
+"""
+import torch
+
+
+def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, pixel_step=False, clamp=(-1.0, 1.0), generator=None,
+         callback=None):
+    """Run `steps` steps of stochastic gradient Langevin dynamics (Welling and Teh 2011) from x; returns the last state.
+
+        x <- x - step_size * dE/dx + noise * xi,    xi ~ N(0, I)
+
+    Which law do the chains follow?
+
+    * `noise=None` takes sqrt(2 * step_size). With eta = 2 * step_size that is the lecture's x - eta/2 dE/dx + sqrt(eta) xi,
+      whose stationary law tends to exp(-E)/Z as eta -> 0 (with no clip and no clamp).
+    * A smaller noise samples a colder law: to first order exp(-E/T)/Z with T = noise^2 / (2 * step_size). Course practice
+      (step_size 10, noise .005) is that cold, and its clipped gradient makes it no exact sampler of any temperature.
+    * `pixel_step=True` divides each image's gradient by its root mean square, so that `step_size` is how far the pixels
+      of an image move in one step, in units of [-1, 1], however steep or flat the energy is. The temperature of
+      that chain is T = noise^2 * rms(dE/dx) / (2 * step_size): it adapts, hot where the energy is steep.
+
+    Args:
+        energy: callable, (B, C, H, W) -> (B,). Only the gradient with respect to x is taken, so parameters, their
+            `requires_grad` and their `.grad`, and the mode of a model behind it stay as they are.
+        x: start of the chains, (B, C, H, W) float32; not changed.
+        steps: number of steps K, at least 0.
+        step_size: see above.
+        noise: standard deviation of the noise of a step.
+        grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip] first, or None.
+        clamp: (low, high) that pixels are held in, or None.
+        generator: torch.Generator of x's device for the noise.
+        callback: called as callback(k, x, e) before step k = 0 ... steps - 1 with the state x and its energy e, (B,).
+    """
+    noise = (2 * step_size) ** 0.5 if noise is None else noise
+    x = x.detach()
+    for k in range(steps):
+        x.requires_grad_(True)
+        with torch.enable_grad():
+            e = energy(x)  # (B,)
+            gradient, = torch.autograd.grad(e.sum(), x)  # (B, C, H, W); images do not mix, so this is dE/dx of each
+        x = x.detach()
+        if callback is not None:
+            callback(k, x, e.detach())
+        if grad_clip is not None:
+            gradient = gradient.clamp(-grad_clip, grad_clip)
+        if pixel_step:
+            gradient = gradient / (gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-12)
+        x = x - step_size * gradient
+        if noise:
+            x = x + noise * torch.randn(x.shape, generator=generator, device=x.device)
+        if clamp is not None:
+            x = x.clamp(*clamp)
+    return x
+
+
+def prior(kind, shape, generator=None, device='cpu'):
+    """Starts of fresh chains, float32 of `shape` (B, C, H, W): `gaussian` N(0, 0.01), `uniform` on [-1, 1], or half and
+    half (`mixed`, so that the energy learns to lead out of both)."""
+    gaussian = .1 * torch.randn(shape, generator=generator, device=device)
+    uniform = 2 * torch.rand(shape, generator=generator, device=device) - 1
+    share = {'gaussian': 0., 'uniform': 1., 'mixed': .5}[kind]
+    pick = torch.rand(shape[0], 1, 1, 1, generator=generator, device=device) < share  # (B, 1, 1, 1)
+    return torch.where(pick, uniform, gaussian)
+
+
+class Reservoir:
+    """Stored chains (the replay buffer of Du and Mordatch 2019) as ring buffers in one tensor on the device.
+
+    There is one ring, or one a class when sampling is conditional. `draw` takes the chains at the head of a ring, each of
+    them fresh from the prior with probability `reinit`; `store` puts them back where they were. So a ring goes round, every
+    chain moves once a round, and no two classes ever share a slot. With as many slots as a batch and reinit = 0 these are
+    the persistent chains of Tieleman 2008; with reinit = 1 every chain is short-run MCMC (Nijkamp et al. 2019).
+
+    Args:
+        rings, slots: how many rings, and chains in each; a batch must not ask a ring for more chains than it has.
+        image_shape: (C, H, W).
+        reinit: share of the drawn chains that start afresh.
+        kind: their `prior`.
+        burn_in: SGLD steps after which a chain is `mature`. The very first chains are mature at once: the energy
+            that they climb is as young as they are.
+    """
+
+    def __init__(self, rings, slots, image_shape, reinit=.05, kind='mixed', burn_in=0, generator=None, device='cpu'):
+        self.reinit, self.kind, self.burn_in = reinit, kind, burn_in
+        self.chains = prior(kind, (rings * slots, *image_shape), generator, device).view(rings, slots, *image_shape)
+        self.age = torch.full((rings, slots), burn_in, device=device)  # SGLD steps since the start
+        self.head = torch.zeros(rings, dtype=torch.long, device=device)  # the slot drawn next
+
+    def draw(self, ring, generator=None):
+        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W), its slot (B,) and its age (B,)."""
+        rings, slots = self.age.shape
+        member = torch.nn.functional.one_hot(ring, rings)  # (B,) -> (B, rings)
+        rank = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B, rings) -> (B,): 0, 1, ... within a ring
+        slot = (self.head[ring] + rank) % slots
+        self.head = (self.head + member.sum(0)) % slots
+        x, age = self.chains[ring, slot], self.age[ring, slot]  # (B, C, H, W), (B,)
+        fresh = torch.rand(len(ring), generator=generator, device=x.device) < self.reinit
+        x = torch.where(fresh[:, None, None, None], prior(self.kind, x.shape, generator, x.device), x)
+        return x, slot, age.masked_fill(fresh, 0)
+
+    def store(self, ring, slot, x, age):
+        """Put chains x (B, C, H, W) of that age (B,) back into the slots (B,) they were drawn from."""
+        self.chains[ring, slot], self.age[ring, slot] = x, age
+
+    def mature(self, age):
+        """Which chains of that age (B,) are past their burn-in, (B,) bool."""
+        return age >= self.burn_in
+
+    def state_dict(self):
+        return {'chains': self.chains, 'age': self.age, 'head': self.head}
+
+    def load_state_dict(self, state):
+        self.chains, self.age, self.head = (state[key].to(self.age.device) for key in ('chains', 'age', 'head'))
