@@ -13,18 +13,21 @@ a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribut
 """
 import contextlib
 import os
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
+from tqdm import tqdm
 
 matplotlib.use('Agg')  # files, never windows: the scripts run on machines without a screen
 import matplotlib.pyplot as plt  # noqa: E402
@@ -261,6 +264,171 @@ def read_torchvision(dataset, name, image_size, data_root, arguments):
     return prepare(images, image_size), labels, names
 
 
+# --- letterpress, the built-in stand-in -------------------------------------------------------------------------------
+# Letters as an early press might have left them on paper: rendered, never real data. Type is cut once (`cut_type`), then
+# whole batches are set (`place`, `set_type`), inked, printed and photographed (`press`), all from one random generator.
+
+LETTERPRESS_VERSION = 1  # raised whenever the pixels change
+# Prints per letter, all splits together: uneven, as in any text.  Left out are capitals that are merely a larger copy
+# of their lowercase (C O S V W X Z), that look like an l (I), or that an early printer did not have (J U).
+PRINTS = dict(a=690, b=520, c=680, d=690, e=715, f=600, g=520, h=620, i=710, j=180, k=120, l=690, m=700, n=710, o=700,
+              p=710, q=640, r=700, s=705, t=700, u=690, v=680, w=155, x=400, y=360, z=240,
+              A=110, B=80, D=85, E=120, F=75, G=60, H=65, K=43, L=75, M=110, N=100, P=125, Q=100, R=70, T=80, Y=48)
+PAIRS = 'fi fl ff st ct sp ch th de do ha pa pp ll tt ft bo ae oe'.split()
+LIGATURES = dict(fi='ﬁ', fl='ﬂ', ff='ﬀ', ae='æ', oe='œ')  # pairs that most faces hold as one piece
+FACES = dict(STIXGeneral=.45, STIXGeneralBol=.31, cmb10=.13, DejaVuSerif=.11)  # and their market shares
+WEIGHT = dict(STIXGeneral=5, STIXGeneralBol=1, cmb10=3, DejaVuSerif=3)  # pixels added: early type was heavy
+EXTRAS = 2000  # prints in each of the OOD sets
+FRAME = 56  # side of the images, in pixels
+ACROSS = torch.linspace(-1, 1, FRAME)  # columns of the frame, counted in half frames from its middle
+DOWN = ACROSS.unsqueeze(1)  # and rows, (56, 1)
+
+
+def cut_type(text, face):
+    """Cut one piece of type: a clean mask of `text`, twice as large as the final image, filling most of its frame."""
+    font = ImageFont.truetype(f'{matplotlib.get_data_path()}/fonts/ttf/{face}.ttf', 160)
+    sheet, x = Image.new('L', (640, 320)), 80
+    for letter in text if face == 'cmb10' else LIGATURES.get(text, text):
+        ImageDraw.Draw(sheet).text((x, 200), letter, font=font, fill=255, anchor='ls', stroke_width=WEIGHT[face])
+        x += .88 * font.getlength(letter)  # tight enough for pairs to touch
+    sheet = sheet.crop(sheet.getbbox())
+    sheet = sheet.resize((round(.74 * sheet.width), sheet.height))  # condensed: paper was dear, early type is narrow
+    sheet = ImageOps.contain(sheet, (98, 94))
+    block = Image.new('L', (2 * FRAME, 2 * FRAME))
+    block.paste(sheet, (FRAME - sheet.width // 2, FRAME - sheet.height // 2))
+    return np.array(block)
+
+
+def blur(x, sigma):
+    """Gaussian blur of (B, 1, H, W); passing the batch as channels of one image is ten times as fast on a CPU."""
+    return TF.gaussian_blur(x.transpose(0, 1), 2 * round(2.5 * sigma) + 1, sigma).transpose(0, 1)
+
+
+def spread(n, low, high, g):
+    """One random number per image."""
+    return low + (high - low) * torch.rand(n, 1, 1, 1, generator=g)  # (B, 1, 1, 1)
+
+
+def smooth_noise(n, cells, g):
+    """Smooth noise with one random value per cell: few cells make stains, many make grain."""
+    stretch = F.interpolate(torch.eye(cells)[None, None], (FRAME, cells), mode='bicubic')  # (1, 1, 56, cells)
+    return stretch @ torch.randn(n, 1, cells, cells, generator=g) @ stretch.mT  # (B, 1, 56, 56)
+
+
+def pick(case, labels, g):
+    """Take type for these labels from the case, in faces drawn by market share."""
+    faces = torch.multinomial(torch.tensor(list(FACES.values())), len(labels), replacement=True, generator=g)
+    return case[labels, faces].unsqueeze(1)  # (B, 1, 112, 112)
+
+
+def pick_any(case, n, g):
+    """Take n random letters from the case."""
+    return pick(case, torch.randint(len(PRINTS), (n,), generator=g), g)
+
+
+def place(blocks, g, zoom=1., dx=0., dy=0., turn=.04):
+    """Set type in the frame, never quite straight: scaled, turned, sheared, shifted (in half frames) and worn."""
+    n = len(blocks)
+    sx, sy = (spread(n, .95, 1.06, g) / zoom for _ in range(2))
+    angle, shear = (turn * torch.randn(n, 1, 1, 1, generator=g) for _ in range(2))
+    tx, ty = (spread(n, -.03, .03, g) - d for d in (dx, dy))
+    u = sx * ACROSS + (angle + shear) * DOWN + tx + .012 * smooth_noise(n, 10, g)  # where in the block each pixel lies
+    v = sy * DOWN - angle * ACROSS + ty + .012 * smooth_noise(n, 10, g)
+    return F.grid_sample(blocks, torch.cat([u, v], 1).movedim(1, 3), align_corners=False)  # (B, 1, 56, 56)
+
+
+def half_width(mask):
+    """How far the ink reaches to the sides, in half frames."""
+    inked = mask.amax(2, keepdim=True) > .5  # (B, 1, 1, W)
+    return (inked * torch.linspace(-1, 1, mask.shape[3]).abs()).amax(3, keepdim=True)  # (B, 1, 1, 1)
+
+
+def set_type(case, labels, g):
+    """Set each label between two random letters, of which segmenting the page left only slivers of the serifs."""
+    n = len(labels)
+    mask = place(pick(case, labels, g), g)
+    end = half_width(mask)
+    for side in (-1, 1):
+        other = pick_any(case, n, g)
+        other = place(other, g, dx=side * (end + half_width(other) + spread(n, -.02, .15, g)))
+        mask = torch.maximum(mask, other * (ACROSS * side > end) * (ACROSS * side < end + .09))
+    return mask
+
+
+def scatter(case, n, g):
+    """Masks of what segmenting a page throws up that is no letter: fragments, initials, smears, blots, rules, dirt."""
+    def row(spots, zoom):
+        spots = [(x * spread(n, .8, 1.1, g), spread(n, -.6, .6, g)) for x in spots]
+        return torch.stack([place(pick_any(case, n, g), g, zoom, dx, dy) for dx, dy in spots]).amax(0)
+
+    def rule():
+        angle = 1.57 * spread(n, 0, 3, g).round() + spread(n, -.2, .2, g)  # nearly upright or level
+        distance = (ACROSS * angle.cos() + DOWN * angle.sin() - spread(n, -.6, .6, g)).abs()
+        return torch.sigmoid(40 * (spread(n, .02, .14, g) - distance))
+
+    initial = place(pick_any(case, n, g), g, spread(n, 2.5, 4.5, g), spread(n, -.7, .7, g), spread(n, -.7, .7, g))
+    smear = place(F.avg_pool2d(pick_any(case, n, g), (5, 41), 1, (2, 20)), g, turn=.5) * 1.6
+    blot = torch.sigmoid(8 * (.4 + .6 * smooth_noise(n, 6, g) - spread(n, 1, 6, g) * (ACROSS ** 2 + DOWN ** 2)))
+    dirt = torch.sigmoid(10 * (smooth_noise(n, 7, g) + smooth_noise(n, 24, g) - 1.8))
+    kinds = torch.stack([row((-1, 1), 1.), row((-1, 0, 1), spread(n, .4, .7, g)), initial, smear, blot,
+                         rule(), torch.maximum(rule(), rule()), dirt])  # (8, B, 1, 56, 56)
+    kind = torch.randint(len(kinds), (n,), generator=g)
+    return torch.maximum(kinds[kind, torch.arange(n)], dirt * spread(n, -1, 1, g)).clamp(0, 1)  # (B, 1, 56, 56)
+
+
+def press(mask, g):
+    """Ink the masks, print them on old paper and photograph the page: uint8 images."""
+    n = len(mask)
+    # A blurred mask is a ramp across each edge: stretching it moves the outline (ink spread), noise on it breaks it.
+    wear = spread(n, .4, 1.35, g) ** 2  # most prints are fair, some are wrecks
+    gain = 1 + spread(n, -.1, .27, g) + wear * (.2 * smooth_noise(n, 4, g) + .12 * smooth_noise(n, 13, g)) + .14 * smooth_noise(n, 26, g)
+    ink = torch.sigmoid(11 * (blur(mask, 1.1) * gain - .5))
+    # Ink is squeezed from the middle of a stroke to its rim, and takes unevenly.
+    pale = spread(n, 0, 18, g) * blur(ink, 2.) ** 2
+    dark = spread(n, 57, 73, g) + pale + 7 * smooth_noise(n, 6, g) + 7 * smooth_noise(n, 18, g)
+    paper = spread(n, 217, 232, g) + 2 * smooth_noise(n, 4, g) + 2 * smooth_noise(n, 14, g) + 3 * smooth_noise(n, 40, g)
+    page = paper + ink * (dark - paper)
+    page = page.lerp(blur(page, 1.), spread(n, .6, 1.1, g))  # the camera, a little out of focus,
+    page = page + .6 * (page - blur(page, 2.))  # and its sharpening, which leaves a pale halo
+    return page.clamp(0, 255).byte()
+
+
+def render_letterpress(seed):
+    """Print the whole data set: by name the images of the splits, their labels, and two OOD sets from the same press."""
+    g = torch.Generator().manual_seed(seed)
+    case = torch.tensor(np.array([[cut_type(text, face) for face in FACES] for text in [*PRINTS, *PAIRS]]))
+    case = blur(case.flatten(0, 1).unsqueeze(1) / 255, 1.).view(-1, len(FACES), 2 * FRAME, 2 * FRAME)  # (61, 4, 112, 112)
+    labels = torch.arange(len(PRINTS)).repeat_interleave(torch.tensor(list(PRINTS.values())))  # (16171,)
+    pairs = torch.randint(len(PRINTS), len(case), (EXTRAS,), generator=g)
+    batches = tqdm(torch.cat([labels, pairs]).split(256), 'printing letterpress', unit='sheet')
+    images = torch.cat([press(set_type(case, batch, g), g) for batch in batches])  # (18171, 1, 56, 56)
+    clutter = torch.cat([press(scatter(case, len(part), g), g) for part in pairs.split(250)])  # (2000, 1, 56, 56)
+
+    # The labels are still sorted, so dealing them out like cards gives each split its share of every class.
+    hand = torch.arange(len(labels)) % 20
+    is_val, is_test = (torch.isin(hand, torch.tensor(hands)) for hands in ([0, 7, 14], [3, 10, 17]))
+    arrays = dict(clutter=clutter, ligatures=images[len(labels):])
+    for split, member in dict(train=~is_val & ~is_test, val=is_val, test=is_test).items():
+        index = member.nonzero().flatten()
+        index = index[torch.randperm(len(index), generator=g)]
+        arrays[split], arrays[f'{split}_labels'] = images[index], labels[index]
+    return arrays
+
+
+def load_letterpress(image_size, data_root, seed):
+    """The rendered letters from their cache under `data_root`, rendered first if that is missing, damaged or outdated."""
+    path = Path(data_root) / f'letterpress-{LETTERPRESS_VERSION}-seed{seed}.npz'
+    try:
+        with np.load(path, allow_pickle=False) as cache:
+            arrays = {key: torch.from_numpy(cache[key]) for key in cache.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+        arrays = render_letterpress(seed)
+        with atomic_write(path) as file:
+            np.savez(file, **{key: array.numpy() for key, array in arrays.items()})
+    splits = [Split(prepare(arrays[part], image_size), arrays[f'{part}_labels']) for part in ('train', 'val', 'test')]
+    return Data(*splits, list(PRINTS), {key: prepare(arrays[key], image_size) for key in ('clutter', 'ligatures')})
+
+
 # --- out-of-distribution sets ---------------------------------------------------------------------------------------
 
 def load_ood(name, data, seed=0):
@@ -318,7 +486,7 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     height, width = x.shape[2:]
     zoom = zoom or max(1, round(56 / width))
     gap = 2 if captions is None else 2 + -(-12 // zoom)  # room for a caption of 12 screen pixels
-    x = torch.nn.functional.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
+    x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
     grid = make_grid(to_uint8(x), nrow=columns, padding=0).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
     left = 8 * max((len(str(row)) for row in rows), default=0) + 8 if rows else 8
     top = 8 + 16 * sum(text is not None for text in (title, heads))

@@ -10,6 +10,7 @@ energy based model and you should treat it like one", equations 4 to 7):
 Low energy = likely = in-distribution. With K = 1 the same class is a plain energy-based model without labels.
 """
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -49,6 +50,7 @@ class EnergyModel(nn.Module):
             nn.Conv2d(4 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 2, 2)
             nn.AdaptiveAvgPool2d(1), nn.Flatten())                                   # (B, 128), whatever the image size
         self.head = nn.Linear(4 * width, num_classes)
+        nn.init.constant_(self.head.bias, -math.log(num_classes))  # energies start near 0, where the L2 term holds them
         self.to(memory_format=torch.channels_last)  # the layout in which CPU and GPU convolutions are fastest
 
     def get_logits(self, x):

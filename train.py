@@ -67,7 +67,8 @@ def update(run, x_real, y):
     JEM's algorithm 1 (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast them with the data, classify the data.
     """
     args, noise = run.args, torch.randn(x_real.shape, generator=run.generator, device=x_real.device)
-    x_real = x_real + args.data_noise * noise  # so that the density has a width that the chain's noise can follow
+    x_real = (x_real + args.data_noise * noise).clamp(-1, 1)  # noise and bounds as the chains have them, so that
+    # neither tells the two apart
     x_synth, mature = draw_samples(run, x_real, y)
 
     logits_real, logits_synth = run.model.get_logits(torch.cat([x_real, x_synth])).split(len(x_real))  # (2B, K) -> (B, K)
@@ -159,7 +160,9 @@ def train(args, data):
     if args.resume:
         resume(run, data)
     train_split, val_split = data.train.to(args.device), data.val.to(args.device)
-    updates = max(1, len(train_split) // args.batch_size)
+    if args.model == 'ebm':
+        train_split.labels.zero_()  # one logit, no labels
+    updates = len(train_split) // args.batch_size  # in an epoch; the few images that are left over change every time
     bar = tqdm(total=args.epochs * updates, initial=run.epoch * updates + run.position, unit='update', mininterval=1.)
     with bar, StopSignal() as stop:
         while run.epoch < args.epochs and not stop.asked:
@@ -211,10 +214,10 @@ def validate(model, split, num_classes):
     energy = torch.cat([-logits.logsumexp(1), torch.cat(mixed)]).cpu()  # (2N,)
     auroc = roc_auc_score(np.repeat([0, 1], len(y)), energy)
     if num_classes == 1:
-        return math.nan, math.nan, auroc
+        return math.nan, math.nan, float(auroc)
     probability = logits.softmax(1).cpu().numpy()  # (N, K)
     auprc = np.mean([average_precision_score(y == label, probability[:, label]) for label in y.unique().tolist()])
-    return (logits.argmax(1).cpu() == y).float().mean().item(), auprc, auroc
+    return (logits.argmax(1).cpu() == y).float().mean().item(), float(auprc), float(auroc)
 
 
 def finish_epoch(run, data, val_split):
@@ -223,7 +226,7 @@ def finish_epoch(run, data, val_split):
     row = dict(zip(AVERAGES, (run.sums / run.position).tolist()))
     accuracy, auprc, auroc = validate(model, val_split, model.settings['num_classes'])
     run.epoch, run.position = run.epoch + 1, 0
-    row.update(epoch=run.epoch, step=run.epoch * (len(data.train) // args.batch_size or 1), seconds=run.seconds,
+    row.update(epoch=run.epoch, step=run.epoch * (len(data.train) // args.batch_size), seconds=run.seconds,
                lr=run.optimizer.param_groups[0]['lr'], val_accuracy=accuracy, val_auprc=auprc, val_auroc=auroc, event='')
     run.rows.append(row)
     with atomic_write(args.out / 'log.csv') as file:
@@ -378,6 +381,8 @@ def parse_args(argv=None):
 
 def check_out(args):
     """A run in --out is neither overwritten nor continued unasked."""
+    if args.out.exists() and not args.out.is_dir():
+        fail(f'--out {args.out}: is a file; name a folder')
     there = [name for name in ('best.pt', 'last.pt', 'log.csv') if (args.out / name).exists()]
     if there and not (args.resume or args.overwrite):
         fail(f'--out {args.out}: {there[0]} is there already; --resume goes on with it, --overwrite starts anew, or take another --out')
@@ -389,7 +394,10 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         check_out(args)
-        status = train(args, load_data(args.data, args.image_size, args.data_root, args.seed))
+        data = load_data(args.data, args.image_size, args.data_root, args.seed)
+        if args.batch_size > len(data.train):
+            fail(f'--batch-size {args.batch_size}: more than the {len(data.train)} training images; make it smaller')
+        status = train(args, data)
     except (DataError, CheckpointError, OSError) as error:
         fail(error)
     if status:

@@ -1,0 +1,223 @@
+"""What images are, how sets are read, and that nothing is half written."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import MNIST
+
+import data
+from data import DataError, atomic_write, load_data, load_ood, prepare, read_image, to_float, to_uint8
+
+
+def test_range_mapping_and_its_inverse():
+    """uint8 -> [-1, 1] -> uint8 is the identity on all 256 levels; the ends are -1 and 1."""
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_float(levels)), levels)
+    assert to_float(levels)[0] == -1 and to_float(levels)[-1] == 1 and to_uint8(torch.tensor([-9., 9.])).tolist() == [0, 255]
+
+
+def test_prepare_is_the_course_preprocessing():
+    """Min-max per image, shorter side to the size, centre crop: any range and offset of the values gives the same."""
+    image = torch.rand(1, 1, 40, 60)
+    image[..., 20, 30], image[..., 20, 31] = -1., 2.
+    done = prepare(image, 40)
+    assert done.shape == (1, 1, 40, 40) and done.dtype == torch.uint8 and done.min() == 0 and done.max() == 255
+    assert torch.equal(done, to_uint8(2 * (image[..., 10:50] + 1) / 3 - 1))  # already the right height: cropped only
+    assert torch.equal(prepare(1000 * image - 7, 40), done)
+
+
+def test_prepare_antialiases():
+    """Shrinking a fine checkerboard gives grey, not one of its colours."""
+    board = (torch.arange(64)[:, None] + torch.arange(64)) % 2
+    assert (prepare(board[None, None], 16).float() - 127.5).abs()[..., 1:-1, 1:-1].max() < 16
+
+
+def test_constant_images_stay_finite():
+    """A constant image, of whatever value, is no division by zero."""
+    for value in (0., 7., -1e30):
+        assert prepare(torch.full((2, 1, 20, 20), value), 16).eq(0).all()
+
+
+def test_course_folder(glyphs):
+    """Two arrays a file, OOD arrays beside them, class names with the data."""
+    loaded = load_data(str(glyphs), 16)
+    assert [len(split) for split in (loaded.train, loaded.val, loaded.test)] == [60, 24, 24]
+    assert loaded.class_names == ['stand', 'lie', 'lean'] and list(loaded.ood) == ['ood_ta']
+    x, y = loaded.train.batch(torch.tensor([0, 1, 2]))
+    assert x.shape == (3, 1, 16, 16) and x.dtype == torch.float32 and y.tolist() == [0, 1, 2]
+    assert x.min() >= -1 and x.max() <= 1
+
+
+@pytest.mark.parametrize('damage, word', [('missing', 'No such file'), ('one array', 'then integer labels'),
+                                          ('cut', 'not readable'), ('objects', 'not readable'), ('floats', 'labels must be'),
+                                          ('negative', 'labels must be'), ('short', 'labels must be'), ('nan', 'finite'),
+                                          ('empty', 'finite')])
+def test_damaged_course_files_are_told(glyphs, tmp_path, damage, word):
+    """Each damage is a DataError that names the file."""
+    for file in glyphs.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    images, labels = np.random.rand(6, 20, 20), np.arange(6) % 3
+    arrays = {'one array': [images], 'objects': [images.astype(object), labels], 'floats': [images, labels / 2],
+              'negative': [images, labels - 1], 'short': [images, labels[:5]], 'nan': [images * np.nan, labels],
+              'empty': [images[:0], labels[:0]]}.get(damage)
+    path = tmp_path / 'val.npy'
+    if damage == 'missing':
+        path.unlink()
+    elif damage == 'cut':
+        path.write_bytes(path.read_bytes()[:300])
+    else:
+        with open(path, 'wb') as file:
+            for array in arrays:
+                np.save(file, array)
+    with pytest.raises(DataError, match=f'val.npy.*{word}'):
+        load_data(str(tmp_path), 16)
+
+
+def test_class_folder_is_split_70_15_15(tmp_path):
+    """One level of class folders: stratified, the same for the same seed, every image in one split only."""
+    random = np.random.default_rng(0)
+    for name in ('b', 'A'):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            size = random.integers(18, 30, 2)  # mixed sizes
+            Image.fromarray(random.integers(0, 256, size, dtype=np.uint8)).save(tmp_path / name / f'{i}.png')
+    first, again, other = (load_data(str(tmp_path), 16, seed=seed) for seed in (0, 0, 1))
+    assert first.class_names == ['A', 'b'] and first.train.images.shape == (28, 1, 16, 16)
+    for split in (first.train, first.val, first.test):
+        assert split.labels.bincount().tolist() == [len(split) // 2] * 2
+    assert torch.equal(first.test.images, again.test.images) and not torch.equal(first.test.images, other.test.images)
+    everything = torch.cat([split.images for split in (first.train, first.val, first.test)])
+    assert len(everything.flatten(1).unique(dim=0)) == 40
+
+
+def test_folder_with_its_own_splits(tmp_path):
+    """train, val and test folders are taken as they are; colour anywhere makes three channels."""
+    for part, count in (('train', 3), ('val', 1), ('test', 2)):
+        for name in ('x', 'y'):
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new('RGB', (20, 20), (255, 0, i)).save(tmp_path / part / name / f'{i}.png')
+    loaded = load_data(str(tmp_path), 16)
+    assert loaded.train.images.shape == (6, 3, 16, 16) and len(loaded.val) == 2 and loaded.test.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_image_files_of_all_kinds(tmp_path):
+    """Transparency lies on white paper; 16-bit levels, palettes and CMYK keep their meaning."""
+    Image.new('RGBA', (4, 4), (255, 0, 0, 0)).save(tmp_path / 'clear.png')
+    assert read_image(tmp_path / 'clear.png').eq(255).all()
+    levels = (np.arange(16, dtype=np.uint16) * 4000).reshape(4, 4)
+    Image.fromarray(levels).save(tmp_path / 'deep.png')
+    assert np.array_equal(read_image(tmp_path / 'deep.png')[0].numpy(), levels)
+    Image.new('RGB', (4, 4), (255, 0, 0)).quantize(4).save(tmp_path / 'palette.png')
+    assert read_image(tmp_path / 'palette.png')[:, 0, 0].tolist() == [255, 0, 0]
+    Image.new('CMYK', (4, 4), (0, 0, 0, 255)).save(tmp_path / 'ink.tif')
+    assert read_image(tmp_path / 'ink.tif').eq(0).all()
+
+
+def test_digits():
+    """scikit-learn's digits: ten classes, 70/15/15."""
+    loaded = load_data('digits')
+    assert [len(split) for split in (loaded.train, loaded.val, loaded.test)] == [1257, 270, 270]
+    assert loaded.train.images.shape[1:] == (1, 16, 16) and loaded.class_names == list('0123456789')
+
+
+def test_torchvision_set_from_its_files(tmp_path):
+    """MNIST is read from torchvision's own layout without network, with validation out of the training part."""
+    raw = tmp_path / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    labels = np.arange(100, dtype=np.uint8) % 10
+    for stem in ('train', 't10k'):
+        images = np.random.default_rng(0).integers(0, 256, (100, 28, 28), dtype=np.uint8)
+        (raw / f'{stem}-images-idx3-ubyte').write_bytes(np.array([2051, 100, 28, 28], '>i4').tobytes() + images.tobytes())
+        (raw / f'{stem}-labels-idx1-ubyte').write_bytes(np.array([2049, 100], '>i4').tobytes() + labels.tobytes())
+    assert MNIST(tmp_path, train=True).data.shape == (100, 28, 28)
+    loaded = load_data('mnist', data_root=tmp_path)
+    assert [len(split) for split in (loaded.train, loaded.val, loaded.test)] == [90, 10, 100]
+    assert loaded.class_names == list('0123456789') and loaded.val.labels.bincount().tolist() == [1] * 10
+
+
+def test_unknown_names_are_told(tmp_path):
+    """The message lists what there is."""
+    with pytest.raises(DataError, match='letterpress, digits, mnist'):
+        load_data('letterpres')
+    with pytest.raises(DataError, match="class folder"):
+        (tmp_path / 'empty').mkdir()
+        load_data(str(tmp_path / 'empty'))
+
+
+# --- letterpress ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def small_press(monkeypatch):
+    """The press with 20 prints of three letters, and one sheet of clutter."""
+    monkeypatch.setattr(data, 'PRINTS', {'a': 20, 'b': 20, 'Q': 20})
+    monkeypatch.setattr(data, 'EXTRAS', 10)
+
+
+def test_letterpress_is_what_the_contract_says():
+    """42 letters in 16,171 prints, as unevenly populated as a page."""
+    assert len(data.PRINTS) == 42 and sum(data.PRINTS.values()) == 16_171
+    assert sum(name.isupper() for name in data.PRINTS) == 16 and min(data.PRINTS.values()) < 50 < 700 < max(data.PRINTS.values())
+
+
+def test_letterpress_same_seed_same_pixels(small_press, tmp_path):
+    """Rendered twice with one seed the pixels are the same, with another they are not; no two prints are alike."""
+    first, again, other = data.render_letterpress(0), data.render_letterpress(0), data.render_letterpress(1)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert not torch.equal(first['train'], other['train'])
+    prints = torch.cat([first['train'], first['val'], first['test'], first['clutter'], first['ligatures']]).flatten(1)
+    assert len(prints.unique(dim=0)) == len(prints) and first['train'].shape[1:] == (1, 56, 56)
+    assert first['train'].float().mean() > 128  # dark ink on light paper
+    assert all(first[f'{part}_labels'].bincount().min() >= 3 for part in ('train', 'val', 'test'))
+
+
+@pytest.mark.parametrize('damage', ['none', 'cut', 'flipped', 'empty'])
+def test_letterpress_cache(small_press, tmp_path, monkeypatch, damage):
+    """A good cache is read, a damaged one is rendered anew, and no other file is left behind."""
+    fresh = load_data('letterpress', 16, tmp_path)
+    path, = tmp_path.iterdir()
+    content = bytearray(path.read_bytes())
+    if damage == 'flipped':
+        content[len(content) // 2] ^= 255
+    path.write_bytes({'cut': content[:len(content) // 2], 'empty': b''}.get(damage, content))
+    rendered = []
+    render = data.render_letterpress
+    monkeypatch.setattr(data, 'render_letterpress', lambda seed: rendered.append(seed) or render(seed))
+    again = load_data('letterpress', 16, tmp_path)
+    assert torch.equal(fresh.train.images, again.train.images) and len(rendered) == (damage != 'none')
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# --- OOD sets and files ---------------------------------------------------------------------------------------------------
+
+def test_ood_sets_fit_the_data(glyphs):
+    """Every OOD set has the channels and size of the data; noise is seeded and uniform."""
+    loaded = load_data(str(glyphs), 16)
+    for name in ('ood_ta', 'noise', 'digits'):
+        assert load_ood(name, loaded).shape[1:] == loaded.test.images.shape[1:]
+    noise = load_ood('noise', loaded, seed=3).float()
+    assert abs(noise.mean() - 127.5) < 3 and abs(noise.std() - 73.9) < 2
+    assert torch.equal(load_ood('noise', loaded, 3), load_ood('noise', loaded, 3))
+    with pytest.raises(DataError, match='ood_ta, noise, digits'):
+        load_ood('ood_tb', loaded)
+
+
+def test_atomic_write_leaves_the_old_file_whole(tmp_path):
+    """An error in the middle of writing changes nothing and leaves nothing behind."""
+    path = tmp_path / 'a.txt'
+    with atomic_write(path) as file:
+        file.write(b'old')
+    with pytest.raises(KeyboardInterrupt):
+        with atomic_write(path) as file:
+            file.write(b'new and unfinished')
+            raise KeyboardInterrupt
+    assert path.read_bytes() == b'old' and list(tmp_path.iterdir()) == [path]
+
+
+def test_grid_is_a_picture_with_all_its_images(tmp_path):
+    """save_grid writes a PNG in which every image stands where it should, at its zoom."""
+    x = torch.linspace(-1, 1, 6)[:, None, None, None].expand(6, 1, 28, 28)
+    data.save_grid(x, tmp_path / 'g.png', 3, rows=['a', 'b'], heads=[1, 2, 3], captions=list('uvwxyz'), title='t')
+    picture = np.asarray(Image.open(tmp_path / 'g.png').convert('L')).astype(int)
+    for i, value in enumerate(to_uint8(torch.linspace(-1, 1, 6)).tolist()):
+        assert (abs(picture - value) <= 1).sum() >= 50 * 50, i

@@ -1,0 +1,132 @@
+"""Laws of SGLD and of the reservoir."""
+import pytest
+import torch
+
+from model import EnergyModel
+from sampler import Reservoir, prior, sgld
+
+
+def quadratic(s):
+    """E(x) = |x|^2 / (2 s^2), the energy of a normal law of standard deviation s."""
+    return lambda x: x.square().sum(dim=(1, 2, 3)) / (2 * s * s)
+
+
+@pytest.mark.parametrize('s, step_size, noise', [(.5, .02, None), (.5, .1, .1), (1., .3, .5)])
+def test_stationary_variance_on_a_quadratic_energy(s, step_size, noise):
+    """x <- (1 - a) x + n xi with a = step / s^2 has variance n^2 / (a (2 - a)), within 3 standard errors."""
+    generator = torch.Generator().manual_seed(0)
+    x = sgld(quadratic(s), torch.zeros(40_000, 1, 1, 1), 200, step_size, noise, clamp=None, generator=generator)
+    a, n = step_size / s ** 2, (2 * step_size) ** .5 if noise is None else noise
+    variance = n ** 2 / (a * (2 - a))
+    assert abs(x.var() - variance) < 3 * variance * (2 / len(x)) ** .5
+    assert abs(x.mean()) < 3 * (variance / len(x)) ** .5
+
+
+def test_no_noise_given_means_temperature_one():
+    """noise=None tends to the law exp(-E): variance s^2 as the step shrinks."""
+    generator = torch.Generator().manual_seed(0)
+    x = sgld(quadratic(.3), torch.zeros(40_000, 1, 1, 1), 1500, .0005, clamp=None, generator=generator)
+    assert abs(x.var() - .09) < .09 * (.0005 / .09 + 3 * (2 / len(x)) ** .5)
+
+
+def test_pixel_step_moves_each_image_by_the_step():
+    """Without noise each image moves by step_size in root mean square, however steep its energy is."""
+    x = torch.rand(4, 1, 6, 6) - .5
+    steepness = torch.tensor([1e-3, 1., 10., 1e4])
+    moved = sgld(lambda x: steepness * quadratic(1.)(x), x, 1, .05, 0., pixel_step=True) - x
+    torch.testing.assert_close(moved.square().mean(dim=(1, 2, 3)).sqrt(), torch.full((4,), .05))
+    assert (moved * x < 0).all()  # downhill
+
+
+def test_clip_and_clamp():
+    """The clip bounds each element of the gradient, the clamp each pixel."""
+    x = torch.full((1, 1, 2, 2), .9)
+    assert torch.allclose(sgld(quadratic(.1), x, 1, 10., 0., grad_clip=.03, clamp=None), x - .3)
+    assert sgld(lambda x: -quadratic(.1)(x), x, 1, 10., 0.).eq(1).all()
+
+
+def test_callback_sees_every_state_with_its_energy():
+    """callback(k, x, e) runs once before each step, with e = E(x); the start is not changed."""
+    seen, start = [], torch.rand(3, 1, 4, 4)
+    before = start.clone()
+    sgld(quadratic(1.), start, 5, .1, .1, callback=lambda k, x, e: seen.append((k, x, e)))
+    assert [k for k, _, _ in seen] == list(range(5)) and torch.equal(seen[0][1], before) and torch.equal(start, before)
+    for _, x, e in seen:
+        torch.testing.assert_close(e, quadratic(1.)(x))
+        assert not x.requires_grad
+
+
+def test_model_is_left_as_it_was_found():
+    """Mode, requires_grad and .grad of the caller's model survive sampling, also under no_grad."""
+    model = EnergyModel(3, width=4).train()
+    model.head.bias.requires_grad_(False)
+    model.head.weight.grad = torch.ones_like(model.head.weight)
+    with torch.no_grad():
+        x = sgld(model.energy, torch.rand(2, 1, 16, 16), 2, .1, .01)
+    assert model.training and not model.head.bias.requires_grad and model.head.weight.requires_grad
+    assert model.head.weight.grad.eq(1).all() and model.features[0].weight.grad is None and not x.requires_grad
+
+
+def test_same_seed_same_samples():
+    """The same generator seed gives the same chain bit by bit, another one does not."""
+    model, x = EnergyModel(3, width=4), torch.rand(2, 1, 16, 16)
+    a, b, c = (sgld(model.energy, x, 5, .1, .01, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_prior_has_the_variance_of_the_course_sheet():
+    """`gaussian` is N(0, 0.01), `uniform` is U(-1, 1) of variance 1/3, `mixed` half of each."""
+    generator = torch.Generator().manual_seed(0)
+    variance = {kind: prior(kind, (2000, 1, 8, 8), generator).var(dim=(1, 2, 3)) for kind in ('gaussian', 'uniform', 'mixed')}
+    assert abs(variance['gaussian'].mean() - .01) < 3e-4 and abs(variance['uniform'].mean() - 1 / 3) < 3e-3
+    assert abs((variance['mixed'] > .1).float().mean() - .5) < .04
+
+
+# --- the reservoir ------------------------------------------------------------------------------------------------------
+
+def test_chains_return_to_their_slots_and_classes():
+    """Each chain is found again where it was left: classes and slots are never mixed up, rings go round."""
+    reservoir = Reservoir(3, 10, (1, 1, 1), reinit=0.)
+    reservoir.chains[:] = (100 * torch.arange(3)[:, None] + torch.arange(10))[..., None, None, None]  # 100 * ring + slot
+    generator, drawn = torch.Generator().manual_seed(0), []
+    for _ in range(30):
+        ring = torch.randint(3, (8,), generator=generator)
+        x, slot, age = reservoir.draw(ring)
+        assert torch.equal(x.flatten(), 100. * ring + slot)
+        assert len(set(x.flatten().tolist())) == 8  # no chain twice in a batch
+        reservoir.store(ring, slot, x, age + 1)
+        drawn += x.flatten().tolist()
+    visits = reservoir.age
+    assert visits.sum() == 240 and (visits.max(1).values - visits.min(1).values).max() <= 1  # each in turn
+    assert {value for value in drawn} == {100. * r + s for r in range(3) for s in range(10)}
+
+
+def test_share_of_fresh_chains():
+    """`reinit` of the drawn chains start again at age 0 from the prior, the others keep state and age."""
+    generator = torch.Generator().manual_seed(0)
+    reservoir = Reservoir(1, 4000, (1, 2, 2), reinit=.05, kind='gaussian')
+    reservoir.chains[:], reservoir.age[:] = 7., 60
+    x, _, age = reservoir.draw(torch.zeros(4000, dtype=torch.long), generator)
+    fresh = age == 0
+    assert abs(fresh.float().mean() - .05) < 3 * (.05 * .95 / 4000) ** .5
+    assert (x[~fresh] == 7).all() and (age[~fresh] == 60).all() and (x[fresh].abs() < 1).all()
+
+
+def test_burn_in():
+    """The first chains are mature at once; a fresh one only after burn_in steps."""
+    reservoir = Reservoir(1, 8, (1, 2, 2), reinit=1., burn_in=50)
+    assert reservoir.mature(reservoir.age).all()
+    _, _, age = reservoir.draw(torch.zeros(8, dtype=torch.long))
+    assert not reservoir.mature(age + 49).any() and reservoir.mature(age + 50).all()
+
+
+def test_short_run_and_persistent_chains():
+    """reinit=1 always draws the prior; reinit=0 with as many slots as the batch returns the very same chains."""
+    short = Reservoir(1, 6, (1, 2, 2), reinit=1.)
+    short.chains[:] = 7.
+    ring = torch.zeros(6, dtype=torch.long)
+    assert (short.draw(ring)[0] != 7).all()
+    persistent = Reservoir(1, 6, (1, 2, 2), reinit=0.)
+    x, slot, age = persistent.draw(ring)
+    persistent.store(ring, slot, x + 1, age)
+    assert torch.equal(persistent.draw(ring)[0], x + 1)

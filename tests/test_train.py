@@ -1,0 +1,197 @@
+"""The losses against analytic gradients, and train.py through its command line."""
+import csv
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from conftest import QUICK
+from model import load_model
+from sampler import sgld
+
+
+def read_log(folder):
+    with open(folder / 'log.csv') as file:
+        return list(csv.DictReader(file))
+
+
+# --- the losses -----------------------------------------------------------------------------------------------------------
+
+def test_contrastive_gradient_is_that_of_the_likelihood():
+    """For E(x) = (x - m)^2 / 2, -log p has the gradient m - mean(x) in m, and so has mean E(x) - mean E(x') with x' ~ p:
+    here x' is drawn by SGLD itself, so the two agree within 3 standard errors."""
+    m = torch.tensor(.7, requires_grad=True)
+    x_real = 2. + torch.randn(5000, 1, 1, 1, generator=torch.Generator().manual_seed(0))
+
+    def logits(x):
+        return -(x.flatten(1) - m).square() / 2  # (B, 1), one class: E(x) = -logits
+
+    x_synth = sgld(lambda x: -logits(x)[:, 0], torch.zeros(5000, 1, 1, 1), 300, .05, clamp=None,
+                   generator=torch.Generator().manual_seed(1))
+    e_real, e_synth, _ = train.px_step(logits(x_real), logits(x_synth), torch.ones(5000, dtype=torch.bool))
+    gradient, = torch.autograd.grad(e_real - e_synth, m)
+    assert abs(gradient - (m - x_real.mean())) < 3 * 5000 ** -.5
+
+
+def test_px_step_by_hand():
+    """Mean energies, their squares, and chains in burn-in left out."""
+    real, synth = torch.tensor([[1.], [3.]]), torch.tensor([[2.], [50.], [4.]])
+    e_real, e_synth, squares = train.px_step(real, synth, torch.tensor([True, False, True]))
+    assert (e_real, e_synth, squares) == (-2., -3., 5. + 10.)
+    two = torch.zeros(1, 2)  # two classes with f = 0 each: E(x) = -log 2
+    assert train.px_step(two, two, torch.tensor([True]))[0].item() == pytest.approx(-math.log(2))
+
+
+def test_pyx_step_is_the_cross_entropy():
+    """-log softmax at the label."""
+    assert train.pyx_step(torch.tensor([[0., math.log(3)]]), torch.tensor([1])).item() == pytest.approx(-math.log(.75))
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------------
+
+def test_a_run_leaves_what_the_contract_says(trained):
+    """Checkpoints, log, curves and samples; no temporary files."""
+    assert sorted(path.name for path in trained.iterdir()) == ['best.pt', 'curves.png', 'last.pt', 'log.csv', 'samples']
+    assert [path.name for path in (trained / 'samples').iterdir()] == ['epoch_002.png']
+    rows = read_log(trained)
+    wanted = ('epoch, step, seconds, lr, loss, loss_px, loss_pyx, loss_reg, energy_real, energy_synth, grad_norm, '
+              'val_accuracy, val_auprc, event').split(', ')
+    assert set(wanted) <= set(rows[0]) and [row['epoch'] for row in rows] == ['1', '2'] and rows[-1]['step'] == '6'
+    _, checkpoint = load_model(trained / 'best.pt', torch.device('cpu'), 'fp32')
+    assert checkpoint['class_names'] == ['stand', 'lie', 'lean'] and checkpoint['image_size'] == 16
+
+
+def state(folder):
+    """All tensors and numbers of last.pt, without the clock."""
+    def flatten(value, name=''):
+        if isinstance(value, dict):
+            return {k: v for key in value for k, v in flatten(value[key], f'{name}/{key}').items()}
+        if isinstance(value, list):
+            return {k: v for key, entry in enumerate(value) for k, v in flatten(entry, f'{name}/{key}').items()}
+        return {name: value}
+
+    flat = flatten(torch.load(folder / 'last.pt', weights_only=True))
+    return {key: value for key, value in flat.items() if 'seconds' not in key and not key.startswith('/args')}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        same = torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] or a[key] != a[key]
+        assert same, key
+
+
+@pytest.mark.parametrize('flags', [[], ['--conditional']])
+def test_resumed_run_is_the_unbroken_one(glyphs, tmp_path, flags):
+    """Two epochs equal one plus one, weights, optimiser, reservoir, random state and log alike, bit by bit."""
+    quick = ['--data', str(glyphs), *QUICK, *flags]
+    train.main([*quick, '--out', str(tmp_path / 'whole')])
+    train.main([*quick, '--out', str(tmp_path / 'parts'), '--epochs', '1'])
+    train.main([*quick, '--out', str(tmp_path / 'parts'), '--resume'])
+    assert_same(state(tmp_path / 'whole'), state(tmp_path / 'parts'))
+    drop = [{**row, 'seconds': ''} for row in read_log(tmp_path / 'whole')]
+    assert drop == [{**row, 'seconds': ''} for row in read_log(tmp_path / 'parts')]
+    assert (tmp_path / 'whole/best.pt').stat().st_size == (tmp_path / 'parts/best.pt').stat().st_size
+
+
+@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_run_saves_and_resumes_exactly(glyphs, tmp_path, monkeypatch, number, status):
+    """Ctrl-C in the middle of an epoch saves and leaves with its status; --resume goes on as if nothing had happened."""
+    quick = ['--data', str(glyphs), *QUICK]
+    train.main([*quick, '--out', str(tmp_path / 'whole')])
+    calls, update = [], train.update
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 5:
+            os.kill(os.getpid(), number)
+        return update(*arguments)
+
+    monkeypatch.setattr(train, 'update', interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*quick, '--out', str(tmp_path / 'parts')])
+    assert stop.value.code == status and len(calls) == 5
+    train.main([*quick, '--out', str(tmp_path / 'parts'), '--resume'])
+    assert len(calls) == 6
+    assert_same(state(tmp_path / 'whole'), state(tmp_path / 'parts'))
+
+
+def test_same_command_same_bytes(trained, glyphs, tmp_path):
+    """best.pt of two runs of one command differs in nothing but the name of the folder."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK])
+    one, two = (torch.load(folder / 'best.pt', weights_only=True) for folder in (trained, tmp_path))
+    assert all(torch.equal(one['weights'][key], two['weights'][key]) for key in one['weights'])
+    assert (trained / 'samples/epoch_002.png').read_bytes() == (tmp_path / 'samples/epoch_002.png').read_bytes()
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--overwrite', '--seed', '1'])
+    other = torch.load(tmp_path / 'best.pt', weights_only=True)
+    assert not torch.equal(one['weights']['head.weight'], other['weights']['head.weight'])
+
+
+@pytest.mark.parametrize('flags', [['--model', 'ebm'], ['--px-weight', '0'], ['--init', 'data'], ['--init', 'noise'],
+                                   ['--init', 'persistent'], ['--conditional', '--init', 'noise'], ['--precision', 'bf16'],
+                                   ['--fixed-step', '--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
+def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
+    """Each choice of model and sampler runs to the end with finite numbers."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *flags])
+    row = read_log(tmp_path)[-1]
+    assert math.isfinite(float(row['loss'])) and math.isfinite(float(row['val_auroc'])) and (tmp_path / 'best.pt').exists()
+    assert math.isnan(float(row['val_accuracy'])) == ('ebm' in flags)
+
+
+def test_classifier_alone_learns(glyphs, tmp_path):
+    """--px-weight 0 is a plain classifier: it learns the bars and draws no chains."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--px-weight', '0', '--epochs', '60', '--lr', '.003',
+                '--warmup', '10'])
+    row = read_log(tmp_path)[-1]
+    assert float(row['val_accuracy']) > .9 and float(row['loss']) == pytest.approx(float(row['loss_pyx']), rel=1e-4)
+    assert not (tmp_path / 'samples').exists()
+
+
+def test_joint_model_learns(glyphs, tmp_path):
+    """A JEM learns the bars, and uniform noise gets a higher energy than they have."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '60', '--lr', '.003', '--warmup', '10',
+                '--sgld-steps', '10', '--burn-in', '20', '--width', '8'])
+    assert float(read_log(tmp_path)[-1]['val_accuracy']) > .9
+    model, _ = load_model(tmp_path / 'best.pt', torch.device('cpu'), 'fp32')
+    x = train.load_data(str(glyphs), 16).test.batch(torch.arange(24))[0]
+    noise = torch.rand(24, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert np.mean(model.energy(noise)[:, None].numpy() > model.energy(x).numpy()) > .9
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------------
+
+def test_a_run_is_not_overwritten(trained, glyphs, refused):
+    """An existing run is refused with the three ways out, and stays as it is."""
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    message = refused(train.main, '--data', glyphs, '--out', trained, *QUICK)
+    assert all(flag in message for flag in ('--resume', '--overwrite', '--out'))
+    assert before == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+
+
+def test_resume_refuses_another_run(trained, glyphs, tmp_path, refused):
+    """--resume names the flags that differ, or the missing last.pt."""
+    assert '--width 4' in refused(train.main, '--data', glyphs, '--out', trained, *QUICK, '--width', 6, '--resume')
+    assert 'last.pt' in refused(train.main, '--data', glyphs, '--out', tmp_path, *QUICK, '--resume')
+
+
+@pytest.mark.parametrize('flags, word', [
+    (['--epochs', '0'], '--epochs'), (['--lr', '-1'], '--lr'), (['--lr', 'nan'], '--lr'), (['--batch-size', '2.5'], '--batch-size'),
+    (['--image-size', '8'], '--image-size'), (['--device', 'cuda:99'], '--device'), (['--device', 'tpu'], '--device'),
+    (['--data', 'nowhere'], '--data'), (['--init', 'magic'], '--init'), (['--reinit', '2'], '--reinit'),
+    (['--model', 'ebm', '--conditional'], '--model ebm'), (['--resume', '--overwrite'], '--resume'), (['--epoch', '3'], '--epoch'),
+    (['--batch-size', '61'], '--batch-size')])
+def test_mistakes_are_told_in_one_line(glyphs, tmp_path, refused, flags, word):
+    """Exit status 2, one line that names the flag, nothing written."""
+    assert word in refused(train.main, '--data', glyphs, '--out', tmp_path / 'new', *QUICK, *flags)
+    assert not (tmp_path / 'new').exists()
+
+
+def test_out_must_be_a_folder(glyphs, tmp_path, refused):
+    """A file in the place of --out is named and kept."""
+    (tmp_path / 'file').write_text('mine')
+    assert str(tmp_path / 'file') in refused(train.main, '--data', glyphs, '--out', tmp_path / 'file', *QUICK)
+    assert (tmp_path / 'file').read_text() == 'mine'
