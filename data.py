@@ -1,4 +1,4 @@
-"""Data: what an image is here, every data set by its name or path, the out-of-distribution (OOD) sets, and image grids.
+"""Data: what an image is here, every data set by its name or path, the out-of-distribution (OOD) sets (course task 3.1).
 
 An image is float32, (C, H, W), in [-1, 1], inside the network; on disk and in memory it is uint8, 0 to 255, and a batch at
 a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribution or not, goes through the one function

@@ -1,6 +1,6 @@
-"""Draw images from a trained energy: short-run SGLD is the generator x = M(z, xi) of noise z (course task 3.3).
+"""Draw images from a trained energy: short-run SGLD is the generator x = M(z, xi) of noise z (course task 3.5).
 
-    python generate.py --ckpt best.pt                              64 samples of p(x)
+    python generate.py --ckpt best.pt                              64 samples, of classes drawn at random
     python generate.py --ckpt best.pt --classes a b c              eight of p(x|y) for each class
     python generate.py --ckpt best.pt --mode chain --classes a b   what the chain does on its way from noise, with energies
 
@@ -50,19 +50,22 @@ def sampler_settings(checkpoint, args):
     return {**checkpoint['sampler'], **{key: value for key, value in given.items() if value is not None}}
 
 
-def samples(model, checkpoint, labels, args):
-    """A grid of samples: of E(x), or a row for each class, drawn together."""
-    y = args.count * 8 if labels is None else labels.repeat_interleave(args.count)  # (R,) -> (R * count,)
-    x, _ = draw(model, checkpoint, y, args)
-    names = None if labels is None else [checkpoint['class_names'][label] for label in labels.tolist()]
-    columns = 8 if labels is None else args.count
-    save_grid(x, args.out / 'samples.png', columns, f'{args.steps} steps of SGLD from noise', rows=names)
+def samples(model, checkpoint, args):
+    """A grid of samples: a row for each of `--classes`, or eight rows of any."""
+    if args.classes:
+        labels = class_labels(args.classes, checkpoint, args.device)  # (R,)
+        x, _ = draw(model, checkpoint, labels.repeat_interleave(args.count), args)  # (R * count, C, H, W)
+        rows, columns = class_names(labels, checkpoint), args.count
+    else:
+        x, _ = draw(model, checkpoint, any_labels(8 * args.count, checkpoint, args), args)  # (8 * count, C, H, W)
+        rows, columns = None, 8
+    save_grid(x, args.out / 'samples.png', columns, f'{args.steps} steps of SGLD from noise', rows=rows)
     return x
 
 
-def chain(model, checkpoint, labels, args):
-    """The states of a few chains at steps 0, 1, 2, 4, ... with the energy below each, a chain a row."""
-    y = args.count if labels is None else labels
+def chain(model, checkpoint, args):
+    """The states of a few chains at steps 0, 1, 2, 4, ... with the energy below each, a chain a row (course task 3.5)."""
+    y = class_labels(args.classes, checkpoint, args.device) if args.classes else any_labels(args.count, checkpoint, args)
     shown = sorted({0, *(2 ** i for i in range(args.steps.bit_length()) if 2 ** i < args.steps)})
     states = []
 
@@ -73,7 +76,7 @@ def chain(model, checkpoint, labels, args):
     states.append(draw(model, checkpoint, y, args, remember))
     x = torch.stack([x for x, _ in states], dim=1).flatten(0, 1)  # S times (N, C, H, W) -> (N, S, C, H, W) -> (N * S, ...)
     e = torch.stack([e for _, e in states], dim=1).flatten()  # (N, S) -> (N * S,)
-    rows = None if labels is None else [checkpoint['class_names'][label] for label in labels.tolist()]
+    rows = class_names(y, checkpoint) if torch.is_tensor(y) else None
     save_grid(x, args.out / 'chain.png', len(states), 'SGLD from noise: step, and the energy below each state', rows=rows,
               heads=[*shown, args.steps], captions=[f'{value:.2f}' for value in e.tolist()])
     return x
@@ -83,9 +86,7 @@ MODES = {'samples': samples, 'chain': chain}
 
 
 def class_labels(names, checkpoint, device):
-    """Class names, or numbers where no class is called so -> labels (R,); None for none."""
-    if not names:
-        return None
+    """Class names, or numbers where no class is called so -> labels (R,)."""
     known = checkpoint['class_names']
     if not known:
         fail('--classes: this checkpoint is a plain EBM without classes; leave the flag out')
@@ -94,6 +95,19 @@ def class_labels(names, checkpoint, device):
     if unknown:
         fail(f'--classes {unknown[0]}: no such class; choose from {" ".join(known)}')
     return torch.tensor([numbers[name] for name in names], device=device)
+
+
+def any_labels(count, checkpoint, args):
+    """Labels (count,) drawn at random, since x ~ p(x|y) with y ~ p(y) is x ~ p(x): the chains that a conditional JEM was
+    trained with. Just the number for a model whose chains follow E(x)."""
+    if not checkpoint['args']['conditional']:
+        return count
+    generator = torch.Generator().manual_seed(args.seed)
+    return torch.randint(len(checkpoint['class_names']), (count,), generator=generator).to(args.device)
+
+
+def class_names(labels, checkpoint):
+    return [checkpoint['class_names'][label] for label in labels.tolist()]
 
 
 def parse_args(argv=None):
@@ -114,7 +128,7 @@ def main(argv=None):
     args = parse_args(argv)
     try:
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
-        x = MODES[args.mode](model, checkpoint, class_labels(args.classes, checkpoint, args.device), args)
+        x = MODES[args.mode](model, checkpoint, args)
         with atomic_write(args.out / f'{args.mode}.npy') as file:
             np.save(file, x.cpu().numpy())
     except (CheckpointError, OSError) as error:

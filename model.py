@@ -26,7 +26,7 @@ class CheckpointError(ValueError):
 
 
 class EnergyModel(nn.Module):
-    """Convolutions with Swish, adaptive average pooling and one linear layer (course task 3.1).
+    """Convolutions with Swish, adaptive average pooling and one linear layer (course task 3.2).
 
     Every activation is smooth, since the sampler follows dE/dx, and there is no batch normalisation, since the energy of
     one image must not depend on the others in its batch (nor on whether they are real or synthetic).

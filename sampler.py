@@ -1,4 +1,4 @@
-"""SGLD and the reservoir of chains: how samples are drawn from an energy (course tasks 3.2 and 3.3).
+"""SGLD and the reservoir of chains: how samples are drawn from an energy (course task 3.3).
 
 Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,).
 """
@@ -78,38 +78,30 @@ class Reservoir:
         image_shape: (C, H, W).
         reinit: share of the drawn chains that start afresh.
         kind: their `prior`.
-        burn_in: SGLD steps after which a chain is `mature`. The very first chains are mature at once: the energy
-            that they climb is as young as they are.
     """
 
-    def __init__(self, rings, slots, image_shape, reinit=.05, kind='mixed', burn_in=0, generator=None, device='cpu'):
-        self.reinit, self.kind, self.burn_in = reinit, kind, burn_in
+    def __init__(self, rings, slots, image_shape, reinit=.05, kind='mixed', generator=None, device='cpu'):
+        self.reinit, self.kind = reinit, kind
         self.chains = prior(kind, (rings * slots, *image_shape), generator, device).view(rings, slots, *image_shape)
-        self.age = torch.full((rings, slots), burn_in, device=device)  # SGLD steps since the start
         self.head = torch.zeros(rings, dtype=torch.long, device=device)  # the slot drawn next
 
     def draw(self, ring, generator=None):
-        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W), its slot (B,) and its age (B,)."""
-        rings, slots = self.age.shape
+        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W) and its slot (B,)."""
+        rings, slots = self.chains.shape[:2]
         member = torch.nn.functional.one_hot(ring, rings)  # (B,) -> (B, rings)
         rank = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B, rings) -> (B,): 0, 1, ... within a ring
         slot = (self.head[ring] + rank) % slots
         self.head = (self.head + member.sum(0)) % slots
-        x, age = self.chains[ring, slot], self.age[ring, slot]  # (B, C, H, W), (B,)
-        fresh = torch.rand(len(ring), generator=generator, device=x.device) < self.reinit
-        x = torch.where(fresh[:, None, None, None], prior(self.kind, x.shape, generator, x.device), x)
-        return x, slot, age.masked_fill(fresh, 0)
+        x = self.chains[ring, slot]  # (B, C, H, W)
+        fresh = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < self.reinit
+        return torch.where(fresh, prior(self.kind, x.shape, generator, x.device), x), slot
 
-    def store(self, ring, slot, x, age):
-        """Put chains x (B, C, H, W) of that age (B,) back into the slots (B,) they were drawn from."""
-        self.chains[ring, slot], self.age[ring, slot] = x, age
-
-    def mature(self, age):
-        """Which chains of that age (B,) are past their burn-in, (B,) bool."""
-        return age >= self.burn_in
+    def store(self, ring, slot, x):
+        """Put chains x (B, C, H, W) back into the slots (B,) they were drawn from."""
+        self.chains[ring, slot] = x
 
     def state_dict(self):
-        return {'chains': self.chains, 'age': self.age, 'head': self.head}
+        return {'chains': self.chains, 'head': self.head}
 
     def load_state_dict(self, state):
-        self.chains, self.age, self.head = (state[key].to(self.age.device) for key in ('chains', 'age', 'head'))
+        self.chains, self.head = (state[key].to(self.head.device) for key in ('chains', 'head'))

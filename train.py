@@ -9,6 +9,7 @@ Writes best.pt, last.pt, log.csv, curves.png and samples/ into --out. best.pt is
 validation data: for a JEM the mean of val_auprc (macro AUPRC of p(y|x) over the classes) and val_auroc (the energy of
 validation images against half-and-half mixtures of two of them); for an EBM val_auroc alone.
 """
+import argparse
 import csv
 import io
 import math
@@ -29,34 +30,41 @@ from data import DataError, atomic_write, load_data, save_figure, save_grid
 from model import CheckpointError, CommandLine, EnergyModel, fail, read_checkpoint, real, save_checkpoint, whole
 from sampler import Reservoir, prior, sgld
 
-AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'energy_real', 'energy_synth', 'pyx_weight', 'grad_norm',
-            'train_accuracy']  # what `update` returns, averaged over an epoch
+AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'energy_real', 'energy_synth', 'grad_norm', 'train_accuracy']  # what `update` returns, averaged over an epoch
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
 
 
 # --- the two losses -----------------------------------------------------------------------------------------------------
 
-def px_step(logits_real, logits_synth, mature):
+def px_step(logits_real, logits_synth):
     """The contrastive term, whose gradient is that of -log p(x), and the size of the energies (course task 3.4).
 
         grad -log p(x) = grad E(x) - E_{x' ~ p}[grad E(x')]        so   loss = mean E(x_real) - mean E(x_synth)
 
     Args:
         logits_real, logits_synth: f(x)[y] (B, K) of data and of chains.
-        mature: (B,) bool, the chains that count.
 
     Returns:
         the mean energies of data and of chains, and the mean squares of both added up: without that L2 term only
         differences of energies would be held, and their level would drift (Du and Mordatch 2019).
     """
     e_real, e_synth = -logits_real.logsumexp(1), -logits_synth.logsumexp(1)  # (B, K) -> (B,)
-    counts = mature.float() / mature.sum().clamp_min(1)  # (B,), adds up to 1
-    return e_real.mean(), (counts * e_synth).sum(), e_real.square().mean() + (counts * e_synth.square()).sum()
+    return e_real.mean(), e_synth.mean(), e_real.square().mean() + e_synth.square().mean()
 
 
 def pyx_step(logits, y):
-    """-log p(y|x) = cross-entropy of softmax f(x)[y] (course task 3.5): logits (B, K), labels (B,) -> scalar."""
+    """-log p(y|x) = cross-entropy of softmax f(x)[y] (course task 3.4): logits (B, K), labels (B,) -> scalar."""
     return F.cross_entropy(logits, y)
+
+
+def steepness(logits_real, x_real):
+    """mean |dE/dx|^2 over the data: the zero-centred gradient penalty R1 (Mescheder et al. 2018).
+
+    Data and chains pull at the energy as data and generator pull at a discriminator, and there this penalty is what makes
+    training converge: near the data the energy stays as smooth as the chains are fast.
+    """
+    gradient, = torch.autograd.grad(logits_real.logsumexp(1).sum(), x_real, create_graph=True)  # (B, C, H, W)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
 
 
 # --- one update: the algorithm box --------------------------------------------------------------------------------------
@@ -64,21 +72,26 @@ def pyx_step(logits, y):
 def update(run, x_real, y):
     """One step of maximum likelihood on log p(x, y) = log p(x) + log p(y|x); returns what the log averages.
 
-    JEM's algorithm 1 (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast them with the data, classify the data.
+    Algorithm 1 of JEM (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast them with the data, classify the data.
     """
-    args, noise = run.args, torch.randn(x_real.shape, generator=run.generator, device=x_real.device)
-    x_real = (x_real + args.data_noise * noise).clamp(-1, 1)  # noise and bounds as the chains have them, so that
-    # neither tells the two apart
-    x_synth, mature = draw_samples(run, x_real, y)
+    args = run.args
+    noise = torch.randn(x_real.shape, generator=run.generator, device=x_real.device)
+    x_real = (x_real + args.data_noise * noise).clamp(-1, 1)  # noise and bounds as the chains have: no telling by those
+    x_synth = draw_samples(run, x_real, y)
 
-    logits_real, logits_synth = run.model.get_logits(torch.cat([x_real, x_synth])).split(len(x_real))  # (2B, K) -> (B, K)
-    e_real, e_synth, squares = px_step(logits_real, logits_synth, mature)
+    smooth = args.px_weight and args.smoothness
+    x_real.requires_grad_(smooth > 0)
+    logits_real, logits_synth = run.model.get_logits(torch.cat([x_real, x_synth])).split(len(y))  # (2B, K) -> (B, K) twice
+    e_real, e_synth, squares = px_step(logits_real, logits_synth)
     gap = e_real - e_synth
+    regulariser = args.alpha * squares
+    if smooth:
+        regulariser = regulariser + smooth / 2 * steepness(logits_real, x_real)
     loss_pyx = pyx_step(logits_real, y)
 
     run.gap.lerp_(gap.detach(), .05)
-    pyx_weight = args.pyx_weight * (1 + run.gap).clamp(.02, 1) if args.px_weight else torch.ones_like(gap)
-    loss = args.px_weight * (gap + args.alpha * squares) + pyx_weight * loss_pyx
+    pace = (1 + run.gap).clamp(0, 1) if args.paced else 1.  # learn only as fast as the chains follow
+    loss = pace * (args.px_weight * gap + args.pyx_weight * loss_pyx) + args.px_weight * regulariser
 
     run.optimizer.zero_grad()
     loss.backward()
@@ -87,27 +100,21 @@ def update(run, x_real, y):
     run.ema.update_parameters(run.model)
 
     accuracy = (logits_real.argmax(1) == y).float().mean()
-    return torch.stack([loss, gap, loss_pyx, args.alpha * squares, e_real, e_synth, pyx_weight, grad_norm, accuracy]).detach()
+    return torch.stack([loss, gap, loss_pyx, regulariser, e_real, e_synth, grad_norm, accuracy]).detach()
 
 
 def draw_samples(run, x_real, y):
-    """Chains x' moved by K steps of SGLD, (B, C, H, W), and which of them count, (B,) bool (course tasks 3.2 and 3.3)."""
-    args, everything = run.args, torch.ones_like(y, dtype=torch.bool)
+    """Chains x' (B, C, H, W), moved by K steps of SGLD along E(x) or E(x, y) (course task 3.3)."""
+    args = run.args
     if not args.px_weight:
-        return x_real, everything  # a plain classifier needs no samples
-    label = y if args.conditional else None
-
-    def energy(x):
-        return run.model.energy(x, label)
-
-    if args.init == 'data':  # contrastive divergence (Hinton 2002)
-        return sgld(energy, x_real, args.sgld_steps, generator=run.generator, **run.sgld_settings), everything
+        return x_real  # a plain classifier needs no samples
+    label = y if args.conditional else None  # the labels of the batch: y ~ p(y), then x' ~ p(x|y), is x' ~ p(x)
     ring = y if args.conditional else torch.zeros_like(y)
-    x, slot, age = run.reservoir.draw(ring, run.generator)
-    x = sgld(energy, x, args.sgld_steps, generator=run.generator, **run.sgld_settings)
-    age = age + args.sgld_steps
-    run.reservoir.store(ring, slot, x, age)
-    return x, run.reservoir.mature(age)
+    x, slot = (x_real, None) if args.init == 'data' else run.reservoir.draw(ring, run.generator)
+    x = sgld(lambda x: run.model.energy(x, label), x, args.sgld_steps, generator=run.generator, **run.sgld_settings)
+    if args.init != 'data':  # contrastive divergence (Hinton 2002) forgets its chains
+        run.reservoir.store(ring, slot, x)
+    return x
 
 
 # --- a run and its state ------------------------------------------------------------------------------------------------
@@ -128,10 +135,10 @@ class Run:
         # energy that it would remember belongs to chains that have moved on
         self.sgld_settings = {'step_size': args.step_size, 'noise': args.noise, 'grad_clip': args.grad_clip,
                               'pixel_step': args.pixel_step}
-        slots = {'reservoir': max(args.reservoir, args.batch_size)}.get(args.init, args.batch_size)
-        self.reservoir = Reservoir(num_classes if args.conditional else 1, slots, (channels, size, size),
-                                   {'noise': 1., 'reservoir': args.reinit}.get(args.init, 0.), args.prior,
-                                   args.burn_in if args.init == 'reservoir' else 0, self.generator, device)
+        rings = num_classes if args.conditional else 1
+        slots = max(args.batch_size, args.reservoir // rings if args.init == 'reservoir' else 0)
+        reinit = {'reservoir': args.reinit, 'noise': 1.}.get(args.init, 0.)
+        self.reservoir = Reservoir(rings, slots, (channels, size, size), reinit, args.prior, self.generator, device)
         self.gap = torch.zeros((), device=device)  # running mean of the energy gap
         self.epoch, self.position = 0, 0  # finished epochs, and updates done in the current one
         self.order = torch.zeros(0, dtype=torch.long, device=device)  # of the images in the current epoch
@@ -261,7 +268,7 @@ def draw_grid(run, data):
 
 def plot_curves(rows, args):
     """curves.png: the energies and their gap, the losses, and what validation says, over the epochs."""
-    panels = {'energy': ['energy_real', 'energy_synth', 'loss_px'], 'loss': ['loss_pyx', 'loss_reg', 'pyx_weight'],
+    panels = {'energy': ['energy_real', 'energy_synth', 'loss_px'], 'loss': ['loss_pyx', 'loss_reg'],
               'validation': ['val_accuracy', 'val_auprc', 'val_auroc']}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout='constrained')
     epochs = [row['epoch'] for row in rows]
@@ -340,16 +347,18 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group('model and losses')
     group.add_argument('--model', choices=['jem', 'ebm'], default='jem', help='with or without the labels')
-    group.add_argument('--conditional', action='store_true', help='chains follow E(x, y) for the labels of the batch, not E(x)')
     group.add_argument('--width', type=whole(1), default=32, help='feature maps of the first convolution')
     group.add_argument('--px-weight', type=real(0), default=1., help='of -log p(x); 0 is a plain classifier')
     group.add_argument('--pyx-weight', type=real(0), default=1., help='of -log p(y|x)')
     group.add_argument('--alpha', type=real(0), default=.1, help='of the L2 term on both energies')
+    group.add_argument('--smoothness', type=real(0), default=1., help='of the gradient penalty on the data')
+    group.add_argument('--paced', action=argparse.BooleanOptionalAction, default=True,
+                       help='slow the two terms down while the energy gap is negative, that is, while chains lag behind')
 
     group = parser.add_argument_group('optimisation')
-    group.add_argument('--epochs', type=whole(1), default=60)
-    group.add_argument('--batch-size', type=whole(1), default=64)
-    group.add_argument('--lr', type=real(0), default=5e-4, help='learning rate of Adam')
+    group.add_argument('--epochs', type=whole(1), default=60, help='rounds through the training images')
+    group.add_argument('--batch-size', type=whole(1), default=64, help='images, and chains, in an update')
+    group.add_argument('--lr', type=real(0), default=1e-3, help='learning rate of Adam')
     group.add_argument('--lr-decay', type=real(0, 1), default=.97, help='factor on the rate after each epoch')
     group.add_argument('--warmup', type=whole(1), default=100, help='updates over which the rate rises to --lr')
     group.add_argument('--clip-norm', type=real(0), default=10., help='longest gradient of the weights')
@@ -358,22 +367,25 @@ def parse_args(argv=None):
     group.add_argument('--sample-every', type=whole(1), default=10, help='epochs between two sample grids')
 
     group = parser.add_argument_group('sampling')
+    group.add_argument('--conditional', action=argparse.BooleanOptionalAction,
+                       help='chains follow E(x, y) for the labels of the batch instead of E(x); a JEM does by default')
     group.add_argument('--init', choices=['reservoir', 'persistent', 'noise', 'data'], default='reservoir',
                        help='where chains start: stored chains, always the same chains, noise (short-run), data (CD)')
     group.add_argument('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='of fresh chains')
-    group.add_argument('--reservoir', type=whole(1), default=1024, help='stored chains a ring')
-    group.add_argument('--reinit', type=real(0, 1), default=.03, help='share of drawn chains that start afresh')
-    group.add_argument('--burn-in', type=whole(0), default=100, help='steps after which a chain of the reservoir counts')
+    group.add_argument('--reservoir', type=whole(1), default=4096, help='stored chains, dealt out to the classes')
+    group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
-    group.add_argument('--step-size', type=real(0), default=.05, help='in pixels, see --fixed-step')
-    group.add_argument('--noise', type=real(0), default=.01, help='standard deviation of the noise of a step')
-    group.add_argument('--fixed-step', dest='pixel_step', action='store_false',
-                       help='x - step * dE/dx as in the lecture; without it a step moves every image equally far')
-    group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. .03 with --fixed-step')
+    group.add_argument('--step-size', type=real(0), default=.05, help='in pixels, see --pixel-step')
+    group.add_argument('--noise', type=real(0), default=.03, help='standard deviation of the noise of a step')
+    group.add_argument('--pixel-step', action=argparse.BooleanOptionalAction, default=True,
+                       help='a step moves every image by --step-size; without it x - step * dE/dx, as in the lecture')
+    group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. .03 with --no-pixel-step')
     parser.add_shared_arguments()
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error('--resume and --overwrite exclude each other')
+    if args.conditional is None:
+        args.conditional = args.model == 'jem'
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0, or use --model jem')
     return args

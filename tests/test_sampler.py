@@ -85,39 +85,39 @@ def test_prior_has_the_variance_of_the_course_sheet():
 # --- the reservoir ------------------------------------------------------------------------------------------------------
 
 def test_chains_return_to_their_slots_and_classes():
-    """Each chain is found again where it was left: classes and slots are never mixed up, rings go round."""
+    """Each chain is found again where it was left: classes and slots are never mixed up, and every chain has its turn."""
     reservoir = Reservoir(3, 10, (1, 1, 1), reinit=0.)
     reservoir.chains[:] = (100 * torch.arange(3)[:, None] + torch.arange(10))[..., None, None, None]  # 100 * ring + slot
-    generator, drawn = torch.Generator().manual_seed(0), []
+    generator, visits = torch.Generator().manual_seed(0), torch.zeros(3, 10)
     for _ in range(30):
         ring = torch.randint(3, (8,), generator=generator)
-        x, slot, age = reservoir.draw(ring)
-        assert torch.equal(x.flatten(), 100. * ring + slot)
-        assert len(set(x.flatten().tolist())) == 8  # no chain twice in a batch
-        reservoir.store(ring, slot, x, age + 1)
-        drawn += x.flatten().tolist()
-    visits = reservoir.age
-    assert visits.sum() == 240 and (visits.max(1).values - visits.min(1).values).max() <= 1  # each in turn
-    assert {value for value in drawn} == {100. * r + s for r in range(3) for s in range(10)}
+        x, slot = reservoir.draw(ring)
+        assert torch.equal(x.flatten().long() // 100, ring) and torch.equal(x.flatten().long() % 100, slot)
+        assert len(set(zip(ring.tolist(), slot.tolist()))) == 8  # no chain twice in a batch
+        reservoir.store(ring, slot, x)
+        visits[ring, slot] += 1
+    assert visits.sum() == 240 and (visits.max(1).values - visits.min(1).values).max() <= 1
+
+
+def test_what_is_stored_is_drawn_a_round_later():
+    """A ring goes round: the chain stored first is the first to come again, changed as it was left."""
+    reservoir = Reservoir(2, 4, (1, 1, 1), reinit=0.)
+    ring = torch.tensor([1, 0, 1, 1])
+    x, slot = reservoir.draw(ring)
+    reservoir.store(ring, slot, x + 5)
+    again, _ = reservoir.draw(torch.tensor([1, 1]))  # the fourth chain of ring 1, then its first again
+    assert again[0].abs() < 5 - 1 and torch.equal(again[1], x[0] + 5)
 
 
 def test_share_of_fresh_chains():
-    """`reinit` of the drawn chains start again at age 0 from the prior, the others keep state and age."""
+    """`reinit` of the drawn chains start again from the prior, the others keep their state."""
     generator = torch.Generator().manual_seed(0)
     reservoir = Reservoir(1, 4000, (1, 2, 2), reinit=.05, kind='gaussian')
-    reservoir.chains[:], reservoir.age[:] = 7., 60
-    x, _, age = reservoir.draw(torch.zeros(4000, dtype=torch.long), generator)
-    fresh = age == 0
+    reservoir.chains[:] = 7.
+    x, _ = reservoir.draw(torch.zeros(4000, dtype=torch.long), generator)
+    fresh = (x != 7).all(dim=(1, 2, 3))
     assert abs(fresh.float().mean() - .05) < 3 * (.05 * .95 / 4000) ** .5
-    assert (x[~fresh] == 7).all() and (age[~fresh] == 60).all() and (x[fresh].abs() < 1).all()
-
-
-def test_burn_in():
-    """The first chains are mature at once; a fresh one only after burn_in steps."""
-    reservoir = Reservoir(1, 8, (1, 2, 2), reinit=1., burn_in=50)
-    assert reservoir.mature(reservoir.age).all()
-    _, _, age = reservoir.draw(torch.zeros(8, dtype=torch.long))
-    assert not reservoir.mature(age + 49).any() and reservoir.mature(age + 50).all()
+    assert (x[~fresh] == 7).all() and (x[fresh].abs() < 1).all()
 
 
 def test_short_run_and_persistent_chains():
@@ -127,6 +127,6 @@ def test_short_run_and_persistent_chains():
     ring = torch.zeros(6, dtype=torch.long)
     assert (short.draw(ring)[0] != 7).all()
     persistent = Reservoir(1, 6, (1, 2, 2), reinit=0.)
-    x, slot, age = persistent.draw(ring)
-    persistent.store(ring, slot, x + 1, age)
+    x, slot = persistent.draw(ring)
+    persistent.store(ring, slot, x + 1)
     assert torch.equal(persistent.draw(ring)[0], x + 1)

@@ -32,18 +32,26 @@ def test_contrastive_gradient_is_that_of_the_likelihood():
 
     x_synth = sgld(lambda x: -logits(x)[:, 0], torch.zeros(5000, 1, 1, 1), 300, .05, clamp=None,
                    generator=torch.Generator().manual_seed(1))
-    e_real, e_synth, _ = train.px_step(logits(x_real), logits(x_synth), torch.ones(5000, dtype=torch.bool))
+    e_real, e_synth, _ = train.px_step(logits(x_real), logits(x_synth))
     gradient, = torch.autograd.grad(e_real - e_synth, m)
     assert abs(gradient - (m - x_real.mean())) < 3 * 5000 ** -.5
 
 
 def test_px_step_by_hand():
-    """Mean energies, their squares, and chains in burn-in left out."""
-    real, synth = torch.tensor([[1.], [3.]]), torch.tensor([[2.], [50.], [4.]])
-    e_real, e_synth, squares = train.px_step(real, synth, torch.tensor([True, False, True]))
+    """Mean energies and their mean squares; E(x) sums over the classes."""
+    e_real, e_synth, squares = train.px_step(torch.tensor([[1.], [3.]]), torch.tensor([[2.], [4.]]))
     assert (e_real, e_synth, squares) == (-2., -3., 5. + 10.)
     two = torch.zeros(1, 2)  # two classes with f = 0 each: E(x) = -log 2
-    assert train.px_step(two, two, torch.tensor([True]))[0].item() == pytest.approx(-math.log(2))
+    assert train.px_step(two, two)[0].item() == pytest.approx(-math.log(2))
+
+
+def test_steepness_is_the_squared_gradient():
+    """For f(x) = a . x the penalty is |a|^2, and it has a gradient in a."""
+    a = torch.tensor([3., 4.], requires_grad=True)
+    x = torch.rand(5, 1, 1, 2, requires_grad=True)
+    value = train.steepness((x.flatten(1) @ a)[:, None], x)
+    assert value.item() == pytest.approx(25.)
+    torch.testing.assert_close(torch.autograd.grad(value, a)[0], 2 * a.detach())
 
 
 def test_pyx_step_is_the_cross_entropy():
@@ -85,7 +93,7 @@ def assert_same(a, b):
         assert same, key
 
 
-@pytest.mark.parametrize('flags', [[], ['--conditional']])
+@pytest.mark.parametrize('flags', [[], ['--no-conditional']])
 def test_resumed_run_is_the_unbroken_one(glyphs, tmp_path, flags):
     """Two epochs equal one plus one, weights, optimiser, reservoir, random state and log alike, bit by bit."""
     quick = ['--data', str(glyphs), *QUICK, *flags]
@@ -132,8 +140,8 @@ def test_same_command_same_bytes(trained, glyphs, tmp_path):
 
 
 @pytest.mark.parametrize('flags', [['--model', 'ebm'], ['--px-weight', '0'], ['--init', 'data'], ['--init', 'noise'],
-                                   ['--init', 'persistent'], ['--conditional', '--init', 'noise'], ['--precision', 'bf16'],
-                                   ['--fixed-step', '--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
+                                   ['--init', 'persistent'], ['--no-conditional', '--no-paced', '--smoothness', '0'], ['--precision', 'bf16'],
+                                   ['--no-pixel-step', '--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
 def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
     """Each choice of model and sampler runs to the end with finite numbers."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *flags])
@@ -154,7 +162,7 @@ def test_classifier_alone_learns(glyphs, tmp_path):
 def test_joint_model_learns(glyphs, tmp_path):
     """A JEM learns the bars, and uniform noise gets a higher energy than they have."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '60', '--lr', '.003', '--warmup', '10',
-                '--sgld-steps', '10', '--burn-in', '20', '--width', '8'])
+                '--sgld-steps', '10', '--width', '8'])
     assert float(read_log(tmp_path)[-1]['val_accuracy']) > .9
     model, _ = load_model(tmp_path / 'best.pt', torch.device('cpu'), 'fp32')
     x = train.load_data(str(glyphs), 16).test.batch(torch.arange(24))[0]
