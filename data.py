@@ -12,6 +12,8 @@ a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribut
                                      folder with one folder of images per class, as it is or inside train, val, test
 """
 import contextlib
+import csv
+import io
 import os
 import zipfile
 from dataclasses import dataclass, field
@@ -464,6 +466,18 @@ def atomic_write(path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_csv(rows, columns, path):
+    """Write a list of dictionaries as a CSV file with these columns; floats get six digits."""
+    with atomic_write(path) as file:
+        text = io.TextIOWrapper(file, newline='')
+        writer = csv.DictWriter(text, columns)
+        writer.writeheader()
+        writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()}
+                         for row in rows)
+        text.flush()
+        text.detach()  # the file stays open for atomic_write
 
 
 def save_figure(figure, path):

@@ -6,8 +6,6 @@
 The test split of the checkpoint's own data is in-distribution, label 0; OOD is label 1, and a score is higher for what is
 more OOD. The score is the energy E(x) itself. Prints a table and writes ood.csv and ood.png (histograms) into --out.
 """
-import csv
-import io
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +14,7 @@ import torch
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from tqdm import tqdm
 
-from data import DataError, atomic_write, load_data, load_ood, save_figure, to_float
+from data import DataError, load_data, load_ood, save_figure, to_float, write_csv
 from model import CheckpointError, CommandLine, fail, load_model
 
 COLUMNS = ['set', 'score', 'auroc', 'auroc_low', 'auroc_high', 'aupr', 'fpr95', 'n_id', 'n_ood']
@@ -65,16 +63,8 @@ def plot_histograms(energy_id, energy_ood, rows, path):
     save_figure(figure, path)
 
 
-def write_table(rows, path):
-    """ood.csv, and the same on the screen."""
-    with atomic_write(path) as file:
-        text = io.TextIOWrapper(file, newline='')
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()}
-                         for row in rows)
-        text.flush()
-        text.detach()
+def print_table(rows):
+    """The rows of ood.csv on the screen."""
     print(f'{"set":<14}{"AUROC":>8}  {"95 % interval":<17}{"AUPR":>8}{"FPR95":>8}{"n id":>7}{"n OOD":>7}')
     for row in rows:
         print(f'{row["set"]:<14}{row["auroc"]:8.4f}  {row["auroc_low"]:.4f} to {row["auroc_high"]:.4f} {row["aupr"]:8.4f}'
@@ -108,7 +98,8 @@ def main(argv=None):
         for name, images in tqdm(sets.items(), 'OOD sets', unit='set'):
             energy_ood[name] = energies(model, images, args.device)
             rows.append({'set': name, 'score': 'energy', **detection(energy_id, energy_ood[name], args.seed)})
-        write_table(rows, args.out / 'ood.csv')
+        print_table(rows)
+        write_csv(rows, COLUMNS, args.out / 'ood.csv')
         plot_histograms(energy_id, energy_ood, rows, args.out / 'ood.png')
     except (DataError, CheckpointError, OSError) as error:
         fail(error)

@@ -74,31 +74,33 @@ class Reservoir:
     the persistent chains of Tieleman 2008; with reinit = 1 every chain is short-run MCMC (Nijkamp et al. 2019).
 
     Args:
-        rings, slots: how many rings, and chains in each; a batch must not ask a ring for more chains than it has.
+        lengths: list of the number of slots of each ring, R entries. A ring that a batch asks for more chains than it has
+            gives some of them twice.
         image_shape: (C, H, W).
         reinit: share of the drawn chains that start afresh.
         kind: their `prior`.
     """
 
-    def __init__(self, rings, slots, image_shape, reinit=.05, kind='mixed', generator=None, device='cpu'):
+    def __init__(self, lengths, image_shape, reinit=.05, kind='mixed', generator=None, device='cpu'):
         self.reinit, self.kind = reinit, kind
-        self.chains = prior(kind, (rings * slots, *image_shape), generator, device).view(rings, slots, *image_shape)
-        self.head = torch.zeros(rings, dtype=torch.long, device=device)  # the slot drawn next
+        self.lengths = torch.tensor(lengths, device=device)  # (R,)
+        self.first = self.lengths.cumsum(0) - self.lengths  # (R,), the slot at which a ring begins
+        self.head = torch.zeros_like(self.lengths)  # (R,), how far a ring has turned
+        self.chains = prior(kind, (sum(lengths), *image_shape), generator, device)  # (slots, C, H, W)
 
     def draw(self, ring, generator=None):
         """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W) and its slot (B,)."""
-        rings, slots = self.chains.shape[:2]
-        member = torch.nn.functional.one_hot(ring, rings)  # (B,) -> (B, rings)
-        rank = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B, rings) -> (B,): 0, 1, ... within a ring
-        slot = (self.head[ring] + rank) % slots
-        self.head = (self.head + member.sum(0)) % slots
-        x = self.chains[ring, slot]  # (B, C, H, W)
+        member = torch.nn.functional.one_hot(ring, len(self.lengths))  # (B,) -> (B, R)
+        rank = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B, R) -> (B,): 0, 1, ... within a ring
+        slot = self.first[ring] + (self.head[ring] + rank) % self.lengths[ring]  # (B,)
+        self.head = (self.head + member.sum(0)) % self.lengths
+        x = self.chains[slot]  # (B, C, H, W)
         fresh = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < self.reinit
         return torch.where(fresh, prior(self.kind, x.shape, generator, x.device), x), slot
 
-    def store(self, ring, slot, x):
+    def store(self, slot, x):
         """Put chains x (B, C, H, W) back into the slots (B,) they were drawn from."""
-        self.chains[ring, slot] = x
+        self.chains[slot] = x
 
     def state_dict(self):
         return {'chains': self.chains, 'head': self.head}

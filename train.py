@@ -10,8 +10,6 @@ validation data: for a JEM the mean of val_auprc (macro AUPRC of p(y|x) over the
 validation images against half-and-half mixtures of two of them); for an EBM val_auroc alone.
 """
 import argparse
-import csv
-import io
 import math
 import signal
 import sys
@@ -26,7 +24,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import DataError, atomic_write, load_data, save_figure, save_grid
+from data import DataError, atomic_write, load_data, save_figure, save_grid, write_csv
 from model import CheckpointError, CommandLine, EnergyModel, fail, read_checkpoint, real, save_checkpoint, whole
 from sampler import Reservoir, prior, sgld
 
@@ -113,7 +111,7 @@ def draw_samples(run, x_real, y):
     x, slot = (x_real, None) if args.init == 'data' else run.reservoir.draw(ring, run.generator)
     x = sgld(lambda x: run.model.energy(x, label), x, args.sgld_steps, generator=run.generator, **run.sgld_settings)
     if args.init != 'data':  # contrastive divergence (Hinton 2002) forgets its chains
-        run.reservoir.store(ring, slot, x)
+        run.reservoir.store(slot, x)
     return x
 
 
@@ -135,10 +133,11 @@ class Run:
         # energy that it would remember belongs to chains that have moved on
         self.sgld_settings = {'step_size': args.step_size, 'noise': args.noise, 'grad_clip': args.grad_clip,
                               'pixel_step': args.pixel_step}
-        rings = num_classes if args.conditional else 1
-        slots = max(args.batch_size, args.reservoir // rings if args.init == 'reservoir' else 0)
+        slots = args.reservoir if args.init == 'reservoir' else args.batch_size
+        share = data.train.labels.bincount(minlength=num_classes) / len(data.train) if args.conditional else torch.ones(1)  # (R,): rings as
+        lengths = (share * slots).ceil().long().clamp_min(16).tolist()  # long as their class is frequent turn equally fast
         reinit = {'reservoir': args.reinit, 'noise': 1.}.get(args.init, 0.)
-        self.reservoir = Reservoir(rings, slots, (channels, size, size), reinit, args.prior, self.generator, device)
+        self.reservoir = Reservoir(lengths, (channels, size, size), reinit, args.prior, self.generator, device)
         self.gap = torch.zeros((), device=device)  # running mean of the energy gap
         self.epoch, self.position = 0, 0  # finished epochs, and updates done in the current one
         self.order = torch.zeros(0, dtype=torch.long, device=device)  # of the images in the current epoch
@@ -236,15 +235,11 @@ def finish_epoch(run, data, val_split):
     row.update(epoch=run.epoch, step=run.epoch * (len(data.train) // args.batch_size), seconds=run.seconds,
                lr=run.optimizer.param_groups[0]['lr'], val_accuracy=accuracy, val_auprc=auprc, val_auroc=auroc, event='')
     run.rows.append(row)
-    with atomic_write(args.out / 'log.csv') as file:
-        text = io.TextIOWrapper(file, newline='', write_through=True)
-        writer = csv.DictWriter(text, COLUMNS)
-        writer.writeheader()
-        writer.writerows({k: f'{v:.6g}' if isinstance(v, float) else v for k, v in row.items()} for row in run.rows)
-        text.detach()
-    plot_curves(run.rows, args)
-    if args.px_weight and (run.epoch % args.sample_every == 0 or run.epoch == args.epochs):
-        draw_grid(run, data)
+    write_csv(run.rows, COLUMNS, args.out / 'log.csv')
+    if run.epoch % args.picture_every == 0 or run.epoch == args.epochs:
+        plot_curves(run.rows, args)
+        if args.px_weight:
+            draw_grid(run, data)
     score = auroc if args.model == 'ebm' else (auprc + auroc) / 2
     if score >= run.best:
         run.best = score
@@ -260,7 +255,7 @@ def draw_grid(run, data):
     labels = torch.arange(min(model.settings['num_classes'], 12), device=args.device)
     y = labels.repeat_interleave(8)  # (R,) -> (8R,)
     generator = torch.Generator(args.device).manual_seed(args.seed)
-    start = prior('gaussian', (len(y), *run.reservoir.chains.shape[2:]), generator, args.device)  # (8R, C, H, W)
+    start = prior('gaussian', (len(y), *run.reservoir.chains.shape[1:]), generator, args.device)  # (8R, C, H, W)
     x = sgld(lambda x: model.energy(x, y), start, 256, generator=generator, **run.sgld_settings)
     save_grid(x, args.out / 'samples' / f'epoch_{run.epoch:03d}.png', 8, f'epoch {run.epoch}: 256 steps from noise',
               rows=[data.class_names[label] for label in labels] if len(labels) > 1 else None)
@@ -303,7 +298,7 @@ def resume(run, data):
     checkpoint = read_checkpoint(path)
     if 'run' not in checkpoint:
         raise CheckpointError(f'{path}: holds no state of a run; train anew with --overwrite or another --out')
-    free = {'epochs', 'out', 'data_root', 'device', 'resume', 'overwrite', 'sample_every'}
+    free = {'epochs', 'out', 'data_root', 'device', 'resume', 'overwrite', 'picture_every'}
     now = checkpoint_facts(run, data)['args']
     changed = [f'--{key.replace("_", "-")} {checkpoint["args"].get(key)}' for key in now
                if key not in free and now[key] != checkpoint['args'].get(key)]
@@ -364,7 +359,7 @@ def parse_args(argv=None):
     group.add_argument('--clip-norm', type=real(0), default=10., help='longest gradient of the weights')
     group.add_argument('--ema', type=real(0, 1), default=.99, help='of the averaged weights, which are validated and saved')
     group.add_argument('--data-noise', type=real(0), default=.03, help='standard deviation of the noise on the data')
-    group.add_argument('--sample-every', type=whole(1), default=10, help='epochs between two sample grids')
+    group.add_argument('--picture-every', type=whole(1), default=5, help='epochs between two pictures of samples and curves')
 
     group = parser.add_argument_group('sampling')
     group.add_argument('--conditional', action=argparse.BooleanOptionalAction,
@@ -372,7 +367,7 @@ def parse_args(argv=None):
     group.add_argument('--init', choices=['reservoir', 'persistent', 'noise', 'data'], default='reservoir',
                        help='where chains start: stored chains, always the same chains, noise (short-run), data (CD)')
     group.add_argument('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='of fresh chains')
-    group.add_argument('--reservoir', type=whole(1), default=4096, help='stored chains, dealt out to the classes')
+    group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
     group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
     group.add_argument('--step-size', type=real(0), default=.05, help='in pixels, see --pixel-step')

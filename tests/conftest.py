@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts stand beside t
 import train  # noqa: E402
 
 QUICK = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', '16', '--sgld-steps', '2',
-         '--reservoir', '48', '--sample-every', '2', '--device', 'cpu', '--precision', 'fp32']
+         '--reservoir', '48', '--picture-every', '2', '--device', 'cpu', '--precision', 'fp32']
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -96,7 +96,7 @@ def test_no_checkpoint_runs_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'exploded'),)
 
-    (tmp_path / 'bomb.pt').write_bytes(pickle.dumps({'format': Bomb()}))
+    (tmp_path / 'bomb.pt').write_bytes(pickle.dumps({'format': Bomb()}, protocol=2))
     torch.save({'format': 1, 'weights': Bomb()}, tmp_path / 'zip.pt')
     for name in ('bomb.pt', 'zip.pt'):
         with pytest.raises(CheckpointError, match=name):

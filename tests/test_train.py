@@ -153,7 +153,7 @@ def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
 def test_classifier_alone_learns(glyphs, tmp_path):
     """--px-weight 0 is a plain classifier: it learns the bars and draws no chains."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--px-weight', '0', '--epochs', '60', '--lr', '.003',
-                '--warmup', '10'])
+                '--warmup', '10', '--picture-every', '60'])
     row = read_log(tmp_path)[-1]
     assert float(row['val_accuracy']) > .9 and float(row['loss']) == pytest.approx(float(row['loss_pyx']), rel=1e-4)
     assert not (tmp_path / 'samples').exists()
@@ -162,7 +162,7 @@ def test_classifier_alone_learns(glyphs, tmp_path):
 def test_joint_model_learns(glyphs, tmp_path):
     """A JEM learns the bars, and uniform noise gets a higher energy than they have."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '60', '--lr', '.003', '--warmup', '10',
-                '--sgld-steps', '10', '--width', '8'])
+                '--sgld-steps', '10', '--width', '8', '--picture-every', '60'])
     assert float(read_log(tmp_path)[-1]['val_accuracy']) > .9
     model, _ = load_model(tmp_path / 'best.pt', torch.device('cpu'), 'fp32')
     x = train.load_data(str(glyphs), 16).test.batch(torch.arange(24))[0]
