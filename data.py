@@ -41,7 +41,7 @@ class DataError(ValueError):
 
 @dataclass
 class Split:
-    """One part of a data set: images uint8 (N, C, H, W), labels int64 (N,), both on the device that trains."""
+    """One part of a data set: images uint8 (N, C, H, W), labels int64 (N,), both on one device."""
     images: torch.Tensor
     labels: torch.Tensor
 
@@ -53,6 +53,7 @@ class Split:
         return to_float(self.images[index]), self.labels[index]
 
     def to(self, device):
+        """The same on another device: the sets are small, so all of a split lies where it is used."""
         return Split(self.images.to(device), self.labels.to(device))
 
 
@@ -125,7 +126,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0):
     if name in TORCHVISION:
         return load_torchvision(name, image_size or TORCHVISION[name][1], data_root, seed)
     folder = Path(name)
-    if (folder / 'train.npy').exists():
+    if any((folder / f'{part}.npy').exists() for part in ('train', 'val', 'test')):
         return load_glyphs(folder, image_size or 56)
     if folder.is_dir():
         return load_folder(folder, image_size or 56, seed)
@@ -160,7 +161,8 @@ def load_glyphs(folder, image_size):
     names = [str(label) for label in range(num_classes)]
     for file in (folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'):
         if file.exists():
-            names = file.read_text().split()
+            names = file.read_text('utf-8', errors='replace').split('\n')
+            names = [name.strip() for name in names if name.strip()]
             if len(names) != num_classes or len(set(names)) != num_classes:
                 raise DataError(f'{file}: {len(set(names))} different names for {num_classes} classes; '
                                 'write one name a line, or remove the file')
@@ -174,20 +176,20 @@ def read_arrays(path, labelled):
     """Images (N, 1, H, W), and labels int64 (N,) or None, from the arrays that np.save wrote to `path`, no pickles."""
     try:
         with open(path, 'rb') as file:
-            images = torch.from_numpy(np.load(file, allow_pickle=False)[:, None])  # (N, H, W) -> (N, 1, H, W)
-            labels = torch.from_numpy(np.load(file, allow_pickle=False)) if labelled else None
-    except (OSError, EOFError, ValueError, TypeError, IndexError) as error:
+            images = np.load(file, allow_pickle=False)[:, None]  # (N, H, W) -> (N, 1, H, W)
+            labels = np.load(file, allow_pickle=False) if labelled else None
+            images = torch.from_numpy(images.astype(np.float32))
+    except (OSError, EOFError, ValueError, TypeError, IndexError, zipfile.BadZipFile) as error:
         wanted = 'images (N, H, W), then integer labels (N,)' if labelled else 'one array of images (N, H, W)'
         raise DataError(f'{path}: not readable as {wanted}, each written by np.save ({error})') from error
-    if images.ndim != 4 or 0 in images.shape or images.is_complex() or not torch.isfinite(images).all():
-        raise DataError(f'{path}: images must be finite numbers (N, H, W); these are {images.dtype} '
-                        f'{tuple(images[:, 0].shape)}')
+    if images.ndim != 4 or 0 in images.shape or not torch.isfinite(images).all():
+        raise DataError(f'{path}: images must be finite numbers (N, H, W); these are {tuple(images[:, 0].shape)}')
     if labels is None:
         return images, None
-    if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.min() < 0:
-        raise DataError(f'{path}: labels must be {len(images)} integers from 0 on; these are {labels.dtype} '
-                        f'{tuple(labels.shape)}')
-    return images, labels.long()
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= len(labels):
+        raise DataError(f'{path}: labels must be {len(images)} integers from 0 on, fewer classes than images; these are '
+                        f'{labels.dtype} {labels.shape}')
+    return images, torch.from_numpy(labels.astype(np.int64))
 
 
 def load_folder(folder, image_size, seed):
@@ -209,13 +211,16 @@ def load_folder(folder, image_size, seed):
 
 def read_image(path):
     """An image file as (3, H, W): upright, transparency on white paper, 16-bit and float files with all their levels."""
-    with Image.open(path) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in 'IF':
-            return torch.from_numpy(np.array(image, dtype=np.float32)).expand(3, -1, -1)  # (H, W) -> (3, H, W)
-        image = image.convert('RGBA')
-        paper = Image.new('RGBA', image.size, 'white')
-        return TF.pil_to_tensor(Image.alpha_composite(paper, image).convert('RGB'))  # (3, H, W)
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in 'IF':
+                return torch.from_numpy(np.array(image, dtype=np.float32)).expand(3, -1, -1)  # (H, W) -> (3, H, W)
+            image = image.convert('RGBA')
+            paper = Image.new('RGBA', image.size, 'white')
+            return TF.pil_to_tensor(Image.alpha_composite(paper, image).convert('RGB'))  # (3, H, W)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # whatever Pillow makes of the bytes
+        raise DataError(f'{path}: not readable as an image ({error}); replace it or take it away') from error
 
 
 TORCHVISION = {  # name: class, image size, arguments for the training part, arguments for the test part
@@ -244,12 +249,12 @@ def read_torchvision(dataset, name, image_size, data_root, arguments):
     """Prepared images (N, C, size, size), labels (N,) and class names of one part, downloaded if it is not there yet."""
     try:
         part = dataset(data_root, **arguments, download=False)
-    except RuntimeError:
+    except (RuntimeError, ValueError, OSError):  # missing or damaged
         try:
             part = dataset(data_root, **arguments, download=True)
-        except (RuntimeError, OSError) as error:
-            raise DataError(f'--data {name}: not under --data-root {data_root}, and not to be downloaded '
-                            f'({str(error).strip().splitlines()[0]})') from error
+        except (RuntimeError, ValueError, OSError) as error:
+            raise DataError(f'--data {name}: missing or damaged under --data-root {data_root}, and not to be downloaded '
+                            f'({" ".join(str(error).split())}); name its folder, or remove what is broken') from error
     if hasattr(part, 'data'):
         images = torch.as_tensor(part.data)
         images = images[:, None] if images.ndim == 3 else images  # (N, H, W) -> (N, 1, H, W)
@@ -420,24 +425,26 @@ def render_letterpress(seed):
 def load_letterpress(image_size, data_root, seed):
     """The rendered letters from their cache under `data_root`, rendered first if that is missing, damaged or outdated."""
     path = Path(data_root) / f'letterpress-{LETTERPRESS_VERSION}-seed{seed}.npz'
+    parts = ('train', 'val', 'test')
     try:
         with np.load(path, allow_pickle=False) as cache:
-            arrays = {key: torch.from_numpy(cache[key]) for key in cache.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            arrays = {key: torch.from_numpy(cache[key])
+                      for key in (*parts, *(f'{part}_labels' for part in parts), 'clutter', 'ligatures')}
+    except Exception:  # zipfile and numpy raise whatever the damage makes them raise
         arrays = render_letterpress(seed)
         with atomic_write(path) as file:
             np.savez(file, **{key: array.numpy() for key, array in arrays.items()})
-    splits = [Split(prepare(arrays[part], image_size), arrays[f'{part}_labels']) for part in ('train', 'val', 'test')]
+    splits = [Split(prepare(arrays[part], image_size), arrays[f'{part}_labels']) for part in parts]
     return Data(*splits, list(PRINTS), {key: prepare(arrays[key], image_size) for key in ('clutter', 'ligatures')})
 
 
 # --- out-of-distribution sets ---------------------------------------------------------------------------------------
 
 def load_ood(name, data, seed=0):
-    """An OOD set by name, uint8 (N, C, H, W) of the size and channels of `data`, as many images as it has for testing.
+    """An OOD set by name, uint8 (N, C, H, W), of the size and channels of `data`.
 
     `data.ood` holds those of the data themselves: ood_ta (clutter) and ood_tb (ligatures) of a course folder, clutter and
-    ligatures of letterpress. `noise` is uniform, and `digits` are scikit-learn's scans.
+    ligatures of letterpress. `noise` is uniform, `digits` are scikit-learn's scans, at most as many as there are test images.
     """
     count, channels, size, _ = data.test.images.shape
     if name in data.ood:
@@ -487,7 +494,7 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None, zoom=None):
+def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None):
     """Write images as a grid that explains itself.
 
     Args:
@@ -495,10 +502,9 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
         path: PNG file to write.
         columns: images in a row.
         title, rows, heads, captions: text above the grid, left of each row, above each column, below each image.
-        zoom: screen pixels for one image pixel; None makes an image about 56 pixels wide.
     """
     height, width = x.shape[2:]
-    zoom = zoom or max(1, round(56 / width))
+    zoom = max(1, round(56 / width))  # screen pixels for one image pixel
     gap = 2 if captions is None else 2 + -(-12 // zoom)  # room for a caption of 12 screen pixels
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
     grid = make_grid(to_uint8(x), nrow=columns, padding=0).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
@@ -509,9 +515,8 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     axes = figure.add_axes([left / size[0], 8 / size[1], zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
     axes.imshow(grid, interpolation='nearest', aspect='auto')
     axes.set_axis_off()
-    number = len(x) // columns + (len(x) % columns > 0)
     for i, text in enumerate(rows or []):
-        axes.text(-4 / zoom, i * (height + gap) + height / 2, text, ha='right', va='center', fontsize=8)
+        axes.text(-4 / zoom, i * (height + gap) + height / 2, text, ha='right', va='center', fontsize=8, parse_math=False)
     for i, text in enumerate(heads or []):
         axes.text(i * (width + 2) + width / 2, -2 / zoom, text, ha='center', va='bottom', fontsize=8)
     for i, text in enumerate(captions or []):

@@ -1,11 +1,12 @@
 """Draw images from a trained energy: short-run SGLD is the generator x = M(z, xi) of noise z (course task 3.5).
 
-    python generate.py --ckpt best.pt                              64 samples, of classes drawn at random
+    python generate.py --ckpt best.pt                              64 samples, of classes as frequent as in the data
     python generate.py --ckpt best.pt --classes a b c              eight of p(x|y) for each class
     python generate.py --ckpt best.pt --mode chain --classes a b   what the chain does on its way from noise, with energies
 
 Each mode writes one picture, MODE.png, and the images in it as MODE.npy, float32 (N, C, H, W) in [-1, 1], into --out.
 """
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,12 +99,13 @@ def class_labels(names, checkpoint, device):
 
 
 def any_labels(count, checkpoint, args):
-    """Labels (count,) drawn at random, since x ~ p(x|y) with y ~ p(y) is x ~ p(x): the chains that a conditional JEM was
-    trained with. Just the number for a model whose chains follow E(x)."""
+    """Labels (count,) as frequent as in the training data for a model whose chains follow E(x, y): x ~ p(x|y) with
+    y ~ p(y) is x ~ p(x). Just the number for one whose chains follow E(x)."""
     if not checkpoint['args']['conditional']:
         return count
     generator = torch.Generator().manual_seed(args.seed)
-    return torch.randint(len(checkpoint['class_names']), (count,), generator=generator).to(args.device)
+    shares = torch.tensor(checkpoint['class_counts'], dtype=torch.float)  # (K,)
+    return shares.multinomial(count, replacement=True, generator=generator).to(args.device)
 
 
 def class_names(labels, checkpoint):
@@ -133,6 +135,8 @@ def main(argv=None):
             np.save(file, x.cpu().numpy())
     except (CheckpointError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(f'{args.out / args.mode}.png, {args.out / args.mode}.npy')
 
 

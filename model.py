@@ -12,6 +12,7 @@ Low energy = likely = in-distribution. With K = 1 the same class is a plain ener
 import argparse
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -81,7 +82,7 @@ class CommandLine(argparse.ArgumentParser):
 
     def add_shared_arguments(self):
         group = self.add_argument_group('machine')
-        group.add_argument('--seed', type=whole(0), default=0, help='of everything random')
+        group.add_argument('--seed', type=whole(0, 2 ** 32 - 1), default=0, help='of everything random')
         group.add_argument('--device', type=device, default='auto', help='auto (the fastest there is), cpu, cuda or mps')
         group.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
                            help='of the convolutions; auto is bf16 where the machine computes it natively')
@@ -103,14 +104,17 @@ def fail(error):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The module's docstring as it stands, and the default of every flag."""
+    """The module's docstring as it stands, and the default of every flag that has one."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
-def whole(low):
-    """argparse type: an integer of at least `low`."""
+def whole(low, high=2 ** 31):
+    """argparse type: an integer from `low` to `high`."""
     def parse(text):
-        if not text.lstrip('-').isdigit() or int(text) < low:
-            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number of {low} or more')
+        if not re.fullmatch(r'\d{1,19}', text) or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from {low} to {high}')
         return int(text)
     return parse
 
@@ -130,11 +134,11 @@ def real(low, high=float('inf')):
 
 def device(text):
     """argparse type: 'auto', 'cpu', 'cuda[:n]' or 'mps', and it must be there."""
-    kind, _, index = text.partition(':')
-    count = {'auto': 1, 'cpu': 1, 'cuda': torch.cuda.device_count(), 'mps': int(torch.backends.mps.is_available())}.get(kind)
-    if count is None or (index and kind != 'cuda'):
+    match = re.fullmatch(r'auto|cpu|mps|cuda(?::(\d+))?', text)
+    if not match:
         raise argparse.ArgumentTypeError(f'{text!r} is none of auto, cpu, cuda, cuda:0, mps')
-    if not (index or '0').isdigit() or int(index or 0) >= count:
+    there = {'cuda': int(match[1] or 0) < torch.cuda.device_count(), 'mps': torch.backends.mps.is_available()}
+    if not there.get(text.split(':')[0], True):
         raise argparse.ArgumentTypeError(f'{text!r} is not on this machine; use --device auto')
     return text
 
@@ -180,9 +184,9 @@ def read_checkpoint(path):
 def load_model(path, device, precision):
     """Rebuild the network of a checkpoint in evaluation mode; returns it and the checkpoint's dictionary."""
     checkpoint = read_checkpoint(path)
-    model = EnergyModel(**checkpoint['settings'], precision=precision)
     try:
+        model = EnergyModel(**checkpoint['settings'], precision=precision)
         model.load_state_dict(checkpoint['weights'])
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(f'{path}: its weights do not fit its settings; the file is damaged') from error
     return model.to(device).eval().requires_grad_(False), checkpoint

@@ -6,6 +6,7 @@
 The test split of the checkpoint's own data is in-distribution, label 0; OOD is label 1, and a score is higher for what is
 more OOD. The score is the energy E(x) itself. Prints a table and writes ood.csv and ood.png (histograms) into --out.
 """
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,7 +24,10 @@ COLUMNS = ['set', 'score', 'auroc', 'auroc_low', 'auroc_high', 'aupr', 'fpr95', 
 @torch.no_grad()
 def energies(model, images, device):
     """E(x) of uint8 images (N, C, H, W), as float32 numpy (N,)."""
-    return torch.cat([model.energy(to_float(part.to(device))) for part in images.split(500)]).cpu().numpy()
+    energy = torch.cat([model.energy(to_float(part.to(device))) for part in images.split(500)]).cpu().numpy()  # (N,)
+    if not np.isfinite(energy).all():
+        raise CheckpointError('--ckpt: its energies are not finite; the training diverged, train anew with a lower --lr')
+    return energy
 
 
 def detection(score_id, score_ood, seed=0, resamples=200):
@@ -39,7 +43,7 @@ def detection(score_id, score_ood, seed=0, resamples=200):
     random = np.random.default_rng(seed)
     draws = [roc_auc_score(labels, np.concatenate([random.choice(score_id, len(score_id)),
                                                    random.choice(score_ood, len(score_ood))])) for _ in range(resamples)]
-    false_positive, true_positive, _ = roc_curve(labels, scores)
+    false_positive, true_positive, _ = roc_curve(labels, scores, drop_intermediate=False)
     low, high = np.quantile(draws, [.025, .975])
     return {'auroc': roc_auc_score(labels, scores), 'auroc_low': low, 'auroc_high': high,
             'aupr': average_precision_score(labels, scores), 'fpr95': false_positive[np.argmax(true_positive >= .95)],
@@ -88,9 +92,10 @@ def main(argv=None):
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
         name = args.data or checkpoint['data']
         data = load_data(name, checkpoint['image_size'], args.data_root, checkpoint['args']['seed'])
-        if data.test.images.shape[1] != checkpoint['settings']['channels']:
-            raise DataError(f'--data {name}: {data.test.images.shape[1]} channels, but the checkpoint was trained '
-                            f'on {checkpoint["settings"]["channels"]}; use the data it was trained on')
+        if (data.test.images.shape[1] != checkpoint['settings']['channels']
+                or checkpoint['class_names'] not in ([], data.class_names)):
+            raise DataError(f'--data {name}: its channels or classes are not those that {args.ckpt} was trained on; '
+                            'name the data of the training')
         names = args.ood or [*data.ood, 'noise', *(['digits'] if name != 'digits' else [])]
         sets = {name: load_ood(name, data, args.seed) for name in names}
         energy_id = energies(model, data.test.images, args.device)
@@ -103,6 +108,8 @@ def main(argv=None):
         plot_histograms(energy_id, energy_ood, rows, args.out / 'ood.png')
     except (DataError, CheckpointError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == '__main__':

@@ -14,12 +14,12 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, pixel_step=Fal
     Which law do the chains follow?
 
     * `noise=None` takes sqrt(2 * step_size). With eta = 2 * step_size that is the lecture's x - eta/2 dE/dx + sqrt(eta) xi,
-      whose stationary law tends to exp(-E)/Z as eta -> 0 (with no clip and no clamp).
+      whose stationary law tends to exp(-E)/Z as eta -> 0 (with no clip, no clamp and no pixel_step).
     * A smaller noise samples a colder law: to first order exp(-E/T)/Z with T = noise^2 / (2 * step_size). Course practice
       (step_size 10, noise .005) is that cold, and its clipped gradient makes it no exact sampler of any temperature.
     * `pixel_step=True` divides each image's gradient by its root mean square, so that `step_size` is how far the pixels
-      of an image move in one step, in units of [-1, 1], however steep or flat the energy is. The temperature of
-      that chain is T = noise^2 * rms(dE/dx) / (2 * step_size): it adapts, hot where the energy is steep.
+      of an image move in one step, in units of [-1, 1], however steep or flat the energy is. That is no exact sampler:
+      it acts like one of the local temperature T(x) = noise^2 * rms(dE/dx) / (2 * step_size), hot where E is steep.
 
     Args:
         energy: callable, (B, C, H, W) -> (B,). Only the gradient with respect to x is taken, so parameters, their
@@ -106,4 +106,6 @@ class Reservoir:
         return {'chains': self.chains, 'head': self.head}
 
     def load_state_dict(self, state):
+        if state['chains'].shape != self.chains.shape or state['head'].shape != self.head.shape:
+            raise ValueError('the chains are of another reservoir')
         self.chains, self.head = (state[key].to(self.head.device) for key in ('chains', 'head'))

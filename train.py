@@ -7,7 +7,7 @@
 
 Writes best.pt, last.pt, log.csv, curves.png and samples/ into --out. best.pt is the epoch with the highest score on the
 validation data: for a JEM the mean of val_auprc (macro AUPRC of p(y|x) over the classes) and val_auroc (the energy of
-validation images against half-and-half mixtures of two of them); for an EBM val_auroc alone.
+validation images against half-and-half mixtures of them and uniform noise); for an EBM val_auroc alone.
 """
 import argparse
 import math
@@ -55,14 +55,18 @@ def pyx_step(logits, y):
     return F.cross_entropy(logits, y)
 
 
-def steepness(logits_real, x_real):
-    """mean |dE/dx|^2 over the data: the zero-centred gradient penalty R1 (Mescheder et al. 2018).
+def steepness(logits_real, images):
+    """mean |dE/dx|^2 over the data, the zero-centred gradient penalty R1 (Mescheder et al. 2018): a scalar to minimise.
+
+    Args:
+        logits_real: f(x)[y] (B, K) of the data.
+        images: what the network saw, the data among them, (2B, C, H, W); only the data have a gradient in `logits_real`.
 
     Data and chains pull at the energy as data and generator pull at a discriminator, and there this penalty is what makes
     training converge: near the data the energy stays as smooth as the chains are fast.
     """
-    gradient, = torch.autograd.grad(logits_real.logsumexp(1).sum(), x_real, create_graph=True)  # (B, C, H, W)
-    return gradient.square().sum(dim=(1, 2, 3)).mean()
+    gradient, = torch.autograd.grad(logits_real.logsumexp(1).sum(), images, create_graph=True)  # (2B, C, H, W)
+    return gradient.square().sum() / len(logits_real)
 
 
 # --- one update: the algorithm box --------------------------------------------------------------------------------------
@@ -75,16 +79,16 @@ def update(run, x_real, y):
     args = run.args
     noise = torch.randn(x_real.shape, generator=run.generator, device=x_real.device)
     x_real = (x_real + args.data_noise * noise).clamp(-1, 1)  # noise and bounds as the chains have: no telling by those
-    x_synth = draw_samples(run, x_real, y)
+    images = torch.cat([x_real, draw_samples(run, x_real, y)]) if args.px_weight else x_real  # (2B, C, H, W): data, chains
+    images.requires_grad_(args.px_weight > 0)
 
-    smooth = args.px_weight and args.smoothness
-    x_real.requires_grad_(smooth > 0)
-    logits_real, logits_synth = run.model.get_logits(torch.cat([x_real, x_synth])).split(len(y))  # (2B, K) -> (B, K) twice
+    logits = run.model.get_logits(images)  # (2B, K)
+    logits_real, logits_synth = logits[:len(y)], logits[-len(y):]  # (B, K) both
     e_real, e_synth, squares = px_step(logits_real, logits_synth)
     gap = e_real - e_synth
     regulariser = args.alpha * squares
-    if smooth:
-        regulariser = regulariser + smooth / 2 * steepness(logits_real, x_real)
+    if args.px_weight and args.smoothness:
+        regulariser = regulariser + args.smoothness / 2 * steepness(logits_real, images)
     loss_pyx = pyx_step(logits_real, y)
 
     run.gap.lerp_(gap.detach(), .05)
@@ -104,9 +108,7 @@ def update(run, x_real, y):
 def draw_samples(run, x_real, y):
     """Chains x' (B, C, H, W), moved by K steps of SGLD along E(x) or E(x, y) (course task 3.3)."""
     args = run.args
-    if not args.px_weight:
-        return x_real  # a plain classifier needs no samples
-    label = y if args.conditional else None  # the labels of the batch: y ~ p(y), then x' ~ p(x|y), is x' ~ p(x)
+    label = y if args.conditional else None  # y as frequent as in the data, then x' ~ p(x|y): x' ~ p(x), if p(y) is right
     ring = y if args.conditional else torch.zeros_like(y)
     x, slot = (x_real, None) if args.init == 'data' else run.reservoir.draw(ring, run.generator)
     x = sgld(lambda x: run.model.energy(x, label), x, args.sgld_steps, generator=run.generator, **run.sgld_settings)
@@ -133,9 +135,13 @@ class Run:
         # energy that it would remember belongs to chains that have moved on
         self.sgld_settings = {'step_size': args.step_size, 'noise': args.noise, 'grad_clip': args.grad_clip,
                               'pixel_step': args.pixel_step}
-        slots = args.reservoir if args.init == 'reservoir' else args.batch_size
-        share = data.train.labels.bincount(minlength=num_classes) / len(data.train) if args.conditional else torch.ones(1)  # (R,): rings as
-        lengths = (share * slots).ceil().long().clamp_min(16).tolist()  # long as their class is frequent turn equally fast
+        lengths = [args.batch_size] * (num_classes if args.conditional else 1)
+        if args.init == 'reservoir' and args.conditional:
+            share = data.train.labels.bincount(minlength=num_classes) / len(data.train)  # (K,)
+            # A ring as long as its class is frequent turns as fast as the others; 16 is more than a batch holds of a rare one.
+            lengths = (share * args.reservoir).ceil().long().clamp_min(16).tolist()
+        elif args.init == 'reservoir':
+            lengths = [max(args.reservoir, args.batch_size)]
         reinit = {'reservoir': args.reinit, 'noise': 1.}.get(args.init, 0.)
         self.reservoir = Reservoir(lengths, (channels, size, size), reinit, args.prior, self.generator, device)
         self.gap = torch.zeros((), device=device)  # running mean of the energy gap
@@ -166,8 +172,9 @@ def train(args, data):
     if args.resume:
         resume(run, data)
     train_split, val_split = data.train.to(args.device), data.val.to(args.device)
+    save_run(run, data)  # a folder that cannot be written is told now, not after an epoch
     if args.model == 'ebm':
-        train_split.labels.zero_()  # one logit, no labels
+        train_split.labels = torch.zeros_like(train_split.labels)  # one logit, no labels
     updates = len(train_split) // args.batch_size  # in an epoch; the few images that are left over change every time
     bar = tqdm(total=args.epochs * updates, initial=run.epoch * updates + run.position, unit='update', mininterval=1.)
     with bar, StopSignal() as stop:
@@ -202,51 +209,58 @@ def show_progress(bar, run):
     bar.update()
     if run.position % 10 == 0:
         means = dict(zip(AVERAGES, (run.sums / run.position).tolist()))
+        if not all(map(math.isfinite, means.values())):
+            raise FloatingPointError(f'the loss is no longer finite in epoch {run.epoch + 1}; {run.args.out / "last.pt"} is as '
+                                     'it was before that epoch; start anew with a lower --lr or --step-size')
         bar.set_postfix_str(f'epoch {run.epoch + 1} gap {run.gap.item():+.2f} accuracy {means["train_accuracy"]:.3f}', False)
 
 
 # --- validation, logging, saving ----------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def validate(model, split, num_classes):
-    """Accuracy and macro AUPRC of p(y|x), and AUROC of the energy against mixtures (x_i + x_j) / 2, on the whole split."""
+def validate(run, split):
+    """Accuracy and macro AUPRC of p(y|x) on the whole split, and the AUROC of its energies against what no data set needs
+    to give: as many half-and-half mixtures of two of its images, and as many images of uniform noise."""
+    model, logits, made_up = run.ema.module, [], []
+    generator = torch.Generator(split.labels.device).manual_seed(run.args.seed)  # the same noise in every epoch
     index = torch.arange(len(split), device=split.labels.device)
-    logits, mixed = [], []
-    for part, partner in zip(index.split(500), index.roll(len(index) // 2).split(500)):
+    for part, partner in zip(index.split(500), index.roll(max(1, len(index) // 3)).split(500)):
         x, other = split.batch(part)[0], split.batch(partner)[0]  # (B, C, H, W) both
+        noise = 2 * torch.rand(x.shape, generator=generator, device=x.device) - 1
         logits.append(model.get_logits(x))  # (B, K)
-        mixed.append(model.energy((x + other) / 2))  # (B,)
+        made_up += [model.energy((x + other) / 2), model.energy(noise)]  # (B,) each
     logits, y = torch.cat(logits), split.labels.cpu()  # (N, K), (N,)
-    energy = torch.cat([-logits.logsumexp(1), torch.cat(mixed)]).cpu()  # (2N,)
-    auroc = roc_auc_score(np.repeat([0, 1], len(y)), energy)
-    if num_classes == 1:
-        return math.nan, math.nan, float(auroc)
-    probability = logits.softmax(1).cpu().numpy()  # (N, K)
-    auprc = np.mean([average_precision_score(y == label, probability[:, label]) for label in y.unique().tolist()])
-    return (logits.argmax(1).cpu() == y).float().mean().item(), float(auprc), float(auroc)
+    energy = torch.cat([-logits.logsumexp(1), *made_up]).cpu()  # (3N,)
+    scores = {'val_accuracy': math.nan, 'val_auprc': math.nan,
+              'val_auroc': float(roc_auc_score(np.repeat([0, 1], [len(y), 2 * len(y)]), energy))}
+    if run.args.model == 'jem':
+        probability = logits.softmax(1).cpu().numpy()  # (N, K)
+        auprc = [average_precision_score(y == label, probability[:, label]) for label in y.unique().tolist()]
+        scores.update(val_accuracy=(logits.argmax(1).cpu() == y).float().mean().item(), val_auprc=float(np.mean(auprc)))
+    return scores
 
 
 def finish_epoch(run, data, val_split):
     """Validate the averaged weights, write the log, the curves and now and then samples, and keep the best checkpoint."""
-    args, model = run.args, run.ema.module
-    row = dict(zip(AVERAGES, (run.sums / run.position).tolist()))
-    accuracy, auprc, auroc = validate(model, val_split, model.settings['num_classes'])
+    args, scores = run.args, validate(run, val_split)
+    row = {**dict(zip(AVERAGES, (run.sums / run.position).tolist())), **scores, 'event': ''}
     run.epoch, run.position = run.epoch + 1, 0
     row.update(epoch=run.epoch, step=run.epoch * (len(data.train) // args.batch_size), seconds=run.seconds,
-               lr=run.optimizer.param_groups[0]['lr'], val_accuracy=accuracy, val_auprc=auprc, val_auroc=auroc, event='')
+               lr=run.optimizer.param_groups[0]['lr'])
     run.rows.append(row)
     write_csv(run.rows, COLUMNS, args.out / 'log.csv')
     if run.epoch % args.picture_every == 0 or run.epoch == args.epochs:
         plot_curves(run.rows, args)
         if args.px_weight:
             draw_grid(run, data)
-    score = auroc if args.model == 'ebm' else (auprc + auroc) / 2
-    if score >= run.best:
+    score = row['val_auroc'] if args.model == 'ebm' else (row['val_auprc'] + row['val_auroc']) / 2
+    best = score >= run.best
+    if best:
         run.best = score
         with atomic_write(args.out / 'best.pt') as file:
-            save_checkpoint(file, model, **checkpoint_facts(run, data))
-    tqdm.write(f'epoch {run.epoch}: gap {row["loss_px"]:+.2f}  val accuracy {accuracy:.4f}  AUPRC {auprc:.4f}  '
-               f'AUROC against mixtures {auroc:.4f}{"  (best)" if score >= run.best else ""}')
+            save_checkpoint(file, run.ema.module, **checkpoint_facts(run, data))
+    tqdm.write(f'epoch {run.epoch}: gap {row["loss_px"]:+.2f}  val accuracy {row["val_accuracy"]:.4f}  '
+               f'AUPRC {row["val_auprc"]:.4f}  AUROC {row["val_auroc"]:.4f}{"  best so far" if best else ""}')
 
 
 def draw_grid(run, data):
@@ -272,9 +286,9 @@ def plot_curves(rows, args):
             ax.plot(epochs, [row[name] for row in rows], label=name.replace('_', ' '), marker='.')
         ax.set(title=title, xlabel='epoch')
         ax.legend()
-    if args.alpha and args.px_weight:
-        axes[0].axhline(-1 / args.alpha, linestyle=':', color='grey')  # where the L2 term stops a sampler that has lost
-        axes[0].set_ylim(bottom=max(-1 / args.alpha, axes[0].get_ylim()[0]) - .5)
+    if args.alpha and args.px_weight:  # where the L2 term, or L2 and pace, stop a gap whose chains have lost
+        axes[0].axhline(-1 / (args.alpha + args.paced), linestyle=':', color='grey', label='bound of the gap')
+        axes[0].legend()
     save_figure(figure, args.out / 'curves.png')
 
 
@@ -283,6 +297,7 @@ def checkpoint_facts(run, data):
     args = vars(run.args)
     plain = {key: str(value) if isinstance(value, (Path, torch.device)) else value for key, value in args.items()}
     return {'args': plain, 'data': args['data'], 'class_names': data.class_names if args['model'] == 'jem' else [],
+            'class_counts': data.train.labels.bincount(minlength=len(data.class_names)).tolist(),
             'image_size': data.train.images.shape[-1], 'sampler': run.sgld_settings, 'epoch': run.epoch}
 
 
@@ -293,18 +308,16 @@ def save_run(run, data):
 
 
 def resume(run, data):
-    """Continue the run in last.pt: only --epochs, the machine's flags and the folder may differ from its own."""
+    """Continue the run in last.pt with the very data that it began with."""
     path = run.args.out / 'last.pt'
-    checkpoint = read_checkpoint(path)
-    if 'run' not in checkpoint:
-        raise CheckpointError(f'{path}: holds no state of a run; train anew with --overwrite or another --out')
-    free = {'epochs', 'out', 'data_root', 'device', 'resume', 'overwrite', 'picture_every'}
-    now = checkpoint_facts(run, data)['args']
-    changed = [f'--{key.replace("_", "-")} {checkpoint["args"].get(key)}' for key in now
-               if key not in free and now[key] != checkpoint['args'].get(key)]
-    if changed:
-        raise CheckpointError(f'{path}: belongs to a run with {" ".join(changed)}; use these, or another --out')
-    run.load_state_dict(checkpoint['run'])
+    checkpoint, now = read_checkpoint(path), checkpoint_facts(run, data)
+    if any(checkpoint.get(key) != now[key] for key in ('class_names', 'class_counts', 'image_size')):
+        raise CheckpointError(f'{path}: --data {run.args.data} is not what this run was trained on; restore the data, or '
+                              'start anew with another --out')
+    try:
+        run.load_state_dict(checkpoint['run'])
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise CheckpointError(f'{path}: holds no run that can go on here; start anew with another --out') from error
 
 
 class StopSignal:
@@ -331,7 +344,7 @@ class StopSignal:
 
 # --- command line -------------------------------------------------------------------------------------------------------
 
-def parse_args(argv=None):
+def build_parser():
     parser = CommandLine(__doc__)
     parser.add_argument('--data', default='letterpress', help='name or path of the data set, see data.py')
     parser.add_argument('--data-root', type=Path, default='.data', help='folder of downloads and of the rendered letterpress')
@@ -346,15 +359,15 @@ def parse_args(argv=None):
     group.add_argument('--px-weight', type=real(0), default=1., help='of -log p(x); 0 is a plain classifier')
     group.add_argument('--pyx-weight', type=real(0), default=1., help='of -log p(y|x)')
     group.add_argument('--alpha', type=real(0), default=.1, help='of the L2 term on both energies')
-    group.add_argument('--smoothness', type=real(0), default=1., help='of the gradient penalty on the data')
+    group.add_argument('--smoothness', type=real(0), default=.3, help='of the gradient penalty on the data')
     group.add_argument('--paced', action=argparse.BooleanOptionalAction, default=True,
                        help='slow the two terms down while the energy gap is negative, that is, while chains lag behind')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--epochs', type=whole(1), default=60, help='rounds through the training images')
-    group.add_argument('--batch-size', type=whole(1), default=64, help='images, and chains, in an update')
+    group.add_argument('--batch-size', type=whole(1), default=32, help='images, and chains, in an update')
     group.add_argument('--lr', type=real(0), default=1e-3, help='learning rate of Adam')
-    group.add_argument('--lr-decay', type=real(0, 1), default=.97, help='factor on the rate after each epoch')
+    group.add_argument('--lr-decay', type=real(0, 1), default=.98, help='factor on the rate after each epoch')
     group.add_argument('--warmup', type=whole(1), default=100, help='updates over which the rate rises to --lr')
     group.add_argument('--clip-norm', type=real(0), default=10., help='longest gradient of the weights')
     group.add_argument('--ema', type=real(0, 1), default=.99, help='of the averaged weights, which are validated and saved')
@@ -370,19 +383,46 @@ def parse_args(argv=None):
     group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
     group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
-    group.add_argument('--step-size', type=real(0), default=.05, help='in pixels, see --pixel-step')
+    group.add_argument('--step-size', type=real(0), default=.05, help='in units of pixel value, of [-1, 1]; see --pixel-step')
     group.add_argument('--noise', type=real(0), default=.03, help='standard deviation of the noise of a step')
     group.add_argument('--pixel-step', action=argparse.BooleanOptionalAction, default=True,
                        help='a step moves every image by --step-size; without it x - step * dE/dx, as in the lecture')
     group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. .03 with --no-pixel-step')
     parser.add_shared_arguments()
+    return parser
+
+
+def parse_args(argv=None):
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         parser.error('--resume and --overwrite exclude each other')
+    if args.resume:
+        args = resumed_args(parser, argv, args.out)
     if args.conditional is None:
         args.conditional = args.model == 'jem'
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0, or use --model jem')
+    return args
+
+
+FREE = ['epochs', 'data', 'data_root', 'out', 'resume', 'overwrite', 'picture_every']  # may change on --resume
+
+
+def resumed_args(parser, argv, out):
+    """The arguments of the run in `out`, but for those in FREE; naming another value of one of them is a mistake."""
+    if not (out / 'last.pt').exists():
+        parser.error(f'--resume: no last.pt in {out}; start without --resume, or name the folder with --out')
+    try:
+        saved = read_checkpoint(out / 'last.pt')['args']
+    except CheckpointError as error:
+        parser.error(str(error))
+    parser.set_defaults(**{key: value for key, value in saved.items() if key not in ('out', 'resume', 'overwrite')})
+    args = parser.parse_args(argv)
+    for key, value in saved.items():
+        if key not in FREE and str(getattr(args, key)) != str(value):
+            parser.error(f'--{key.replace("_", "-")}: the run in {out} has {value}, and --resume keeps that; leave the flag '
+                         'out, or start anew with another --out')
     return args
 
 
@@ -393,20 +433,34 @@ def check_out(args):
     there = [name for name in ('best.pt', 'last.pt', 'log.csv') if (args.out / name).exists()]
     if there and not (args.resume or args.overwrite):
         fail(f'--out {args.out}: {there[0]} is there already; --resume goes on with it, --overwrite starts anew, or take another --out')
-    if args.resume and 'last.pt' not in there:
-        fail(f'--resume: no last.pt in {args.out}; start without --resume, or name the folder with --out')
+
+
+def check_data(args, data):
+    if args.batch_size > len(data.train):
+        fail(f'--batch-size {args.batch_size}: more than the {len(data.train)} training images; make it smaller')
+    if args.model == 'jem' and len(data.class_names) < 2:
+        fail(f'--data {args.data}: one class only, and a JEM needs two; use --model ebm')
+
+
+def remove_old_run(out):
+    """What a former run left in `out`, so that no file of it is taken for one of the new run."""
+    for path in [*(out / name for name in ('best.pt', 'last.pt', 'log.csv', 'curves.png')), *out.glob('samples/epoch_*.png')]:
+        path.unlink(missing_ok=True)
 
 
 def main(argv=None):
-    args = parse_args(argv)
     try:
+        args = parse_args(argv)
         check_out(args)
         data = load_data(args.data, args.image_size, args.data_root, args.seed)
-        if args.batch_size > len(data.train):
-            fail(f'--batch-size {args.batch_size}: more than the {len(data.train)} training images; make it smaller')
+        check_data(args, data)
+        if args.overwrite:
+            remove_old_run(args.out)
         status = train(args, data)
-    except (DataError, CheckpointError, OSError) as error:
+    except (DataError, CheckpointError, FloatingPointError, OSError) as error:
         fail(error)
+    except KeyboardInterrupt:
+        status = 130
     if status:
         sys.exit(status)
 

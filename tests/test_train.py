@@ -2,6 +2,7 @@
 import csv
 import math
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -181,9 +182,36 @@ def test_a_run_is_not_overwritten(trained, glyphs, refused):
 
 
 def test_resume_refuses_another_run(trained, glyphs, tmp_path, refused):
-    """--resume names the flags that differ, or the missing last.pt."""
-    assert '--width 4' in refused(train.main, '--data', glyphs, '--out', trained, *QUICK, '--width', 6, '--resume')
-    assert 'last.pt' in refused(train.main, '--data', glyphs, '--out', tmp_path, *QUICK, '--resume')
+    """--resume names the flag that differs, or the data, or the missing last.pt, and changes nothing."""
+    before = (trained / 'last.pt').read_bytes()
+    assert '--width' in refused(train.main, '--out', trained, '--width', 6, '--resume')
+    assert '--no-paced' not in refused(train.main, '--out', trained, '--no-paced', '--resume')
+    assert 'digits' in refused(train.main, '--out', trained, '--data', 'digits', '--resume')
+    assert 'last.pt' in refused(train.main, '--out', tmp_path, '--resume')
+    assert before == (trained / 'last.pt').read_bytes()
+
+
+def test_resume_needs_no_flags(glyphs, tmp_path):
+    """The run remembers its own arguments; --epochs may grow."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK])
+    train.main(['--resume', '--out', str(tmp_path), '--epochs', '3'])
+    assert [row['epoch'] for row in read_log(tmp_path)] == ['1', '2', '3']
+
+
+def test_overwrite_leaves_nothing_of_the_old_run(trained, glyphs, tmp_path):
+    """--overwrite takes the old run's files away before the new one begins."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--overwrite', '--epochs', '1'])
+    assert len(read_log(tmp_path)) == 1 and [path.name for path in (tmp_path / 'samples').iterdir()] == ['epoch_001.png']
+
+
+def test_a_loss_that_is_not_finite_is_told(glyphs, tmp_path, capsys):
+    """No epoch with NaN is saved; the run ends with one line below its progress bar."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--lr', '1e30', '--clip-norm', '1e30', '--warmup', '1',
+                    '--batch-size', '4'])
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stop.value.code == 2 and 'no longer finite' in last and '--lr' in last and not (tmp_path / 'best.pt').exists()
 
 
 @pytest.mark.parametrize('flags, word', [
