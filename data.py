@@ -388,7 +388,8 @@ def press(mask, g):
     n = len(mask)
     # A blurred mask is a ramp across each edge: stretching it moves the outline (ink spread), noise on it breaks it.
     wear = spread(n, .4, 1.35, g) ** 2  # most prints are fair, some are wrecks
-    gain = 1 + spread(n, -.1, .27, g) + wear * (.2 * smooth_noise(n, 4, g) + .12 * smooth_noise(n, 13, g)) + .14 * smooth_noise(n, 26, g)
+    worn = wear * (.2 * smooth_noise(n, 4, g) + .12 * smooth_noise(n, 13, g))
+    gain = 1 + spread(n, -.1, .27, g) + worn + .14 * smooth_noise(n, 26, g)
     ink = torch.sigmoid(11 * (blur(mask, 1.1) * gain - .5))
     # Ink is squeezed from the middle of a stroke to its rim, and takes unevenly.
     pale = spread(n, 0, 18, g) * blur(ink, 2.) ** 2
@@ -444,7 +445,7 @@ def load_ood(name, data, seed=0):
     """An OOD set by name, uint8 (N, C, H, W), of the size and channels of `data`.
 
     `data.ood` holds those of the data themselves: ood_ta (clutter) and ood_tb (ligatures) of a course folder, clutter and
-    ligatures of letterpress. `noise` is uniform, `digits` are scikit-learn's scans, at most as many as there are test images.
+    ligatures of letterpress. `noise` is uniform, `digits` are scikit-learn's scans.
     """
     count, channels, size, _ = data.test.images.shape
     if name in data.ood:

@@ -80,7 +80,7 @@ def parse_args(argv=None):
     parser.add_argument('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     parser.add_argument('--ood', nargs='+', metavar='NAME', help='OOD sets, see data.py; the default is all there are')
     parser.add_argument('--data', help='the checkpoint\'s data, where they lie elsewhere now')
-    parser.add_argument('--data-root', type=Path, default='.data', help='folder of downloads and of the rendered letterpress')
+    parser.add_argument('--data-root', type=Path, default='.data', help='folder of downloads and of rendered letterpress')
     parser.add_argument('--out', type=Path, default='.', help='folder to write into')
     parser.add_shared_arguments()
     return parser.parse_args(argv)

@@ -28,7 +28,8 @@ from data import DataError, atomic_write, load_data, save_figure, save_grid, wri
 from model import CheckpointError, CommandLine, EnergyModel, fail, read_checkpoint, real, save_checkpoint, whole
 from sampler import Reservoir, prior, sgld
 
-AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'energy_real', 'energy_synth', 'grad_norm', 'train_accuracy']  # what `update` returns, averaged over an epoch
+# What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples).
+AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'energy_real', 'energy_synth', 'grad_norm', 'train_accuracy']
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
 
 
@@ -74,14 +75,14 @@ def steepness(logits_real, images):
 def update(run, x_real, y):
     """One step of maximum likelihood on log p(x, y) = log p(x) + log p(y|x); returns what the log averages.
 
-    Algorithm 1 of JEM (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast them with the data, classify the data.
+    Algorithm 1 of JEM (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast data with them, classify the data.
     """
     args = run.args
     noise = torch.randn(x_real.shape, generator=run.generator, device=x_real.device)
     x_real = (x_real + args.data_noise * noise).clamp(-1, 1)  # noise and bounds as the chains have: no telling by those
-    images = torch.cat([x_real, draw_samples(run, x_real, y)]) if args.px_weight else x_real  # (2B, C, H, W): data, chains
-    images.requires_grad_(args.px_weight > 0)
+    x_synth = draw_samples(run, x_real, y) if args.px_weight else x_real[:0]  # a plain classifier needs no chains
 
+    images = torch.cat([x_real, x_synth]).requires_grad_()  # (2B, C, H, W), one pass through the network for both
     logits = run.model.get_logits(images)  # (2B, K)
     logits_real, logits_synth = logits[:len(y)], logits[-len(y):]  # (B, K) both
     e_real, e_synth, squares = px_step(logits_real, logits_synth)
@@ -131,14 +132,14 @@ class Run:
         num_classes = len(data.class_names) if args.model == 'jem' else 1
         self.model = EnergyModel(num_classes, channels, args.width, args.precision).to(device)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, betas=(0., .999))  # no momentum: the
-        # energy that it would remember belongs to chains that have moved on
+        # No momentum: what it remembers was said of chains that have moved on since.
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, betas=(0., .999))
         self.sgld_settings = {'step_size': args.step_size, 'noise': args.noise, 'grad_clip': args.grad_clip,
                               'pixel_step': args.pixel_step}
         lengths = [args.batch_size] * (num_classes if args.conditional else 1)
         if args.init == 'reservoir' and args.conditional:
             share = data.train.labels.bincount(minlength=num_classes) / len(data.train)  # (K,)
-            # A ring as long as its class is frequent turns as fast as the others; 16 is more than a batch holds of a rare one.
+            # Rings as long as their class is frequent turn equally fast; a batch holds fewer than 16 of a rare class.
             lengths = (share * args.reservoir).ceil().long().clamp_min(16).tolist()
         elif args.init == 'reservoir':
             lengths = [max(args.reservoir, args.batch_size)]
@@ -210,8 +211,8 @@ def show_progress(bar, run):
     if run.position % 10 == 0:
         means = dict(zip(AVERAGES, (run.sums / run.position).tolist()))
         if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f'the loss is no longer finite in epoch {run.epoch + 1}; {run.args.out / "last.pt"} is as '
-                                     'it was before that epoch; start anew with a lower --lr or --step-size')
+            raise FloatingPointError(f'the loss is no longer finite in epoch {run.epoch + 1}; {run.args.out / "last.pt"} is '
+                                     'as it was before; start anew with a lower --lr or --step-size')
         bar.set_postfix_str(f'epoch {run.epoch + 1} gap {run.gap.item():+.2f} accuracy {means["train_accuracy"]:.3f}', False)
 
 
@@ -347,7 +348,7 @@ class StopSignal:
 def build_parser():
     parser = CommandLine(__doc__)
     parser.add_argument('--data', default='letterpress', help='name or path of the data set, see data.py')
-    parser.add_argument('--data-root', type=Path, default='.data', help='folder of downloads and of the rendered letterpress')
+    parser.add_argument('--data-root', type=Path, default='.data', help='folder of downloads and of rendered letterpress')
     parser.add_argument('--image-size', type=whole(16), help='side of the images; the default is the data set\'s own')
     parser.add_argument('--out', type=Path, default='.', help='folder to write into')
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
@@ -383,7 +384,7 @@ def build_parser():
     group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
     group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
-    group.add_argument('--step-size', type=real(0), default=.05, help='in units of pixel value, of [-1, 1]; see --pixel-step')
+    group.add_argument('--step-size', type=real(0), default=.05, help='in units of pixel value, see --pixel-step')
     group.add_argument('--noise', type=real(0), default=.03, help='standard deviation of the noise of a step')
     group.add_argument('--pixel-step', action=argparse.BooleanOptionalAction, default=True,
                        help='a step moves every image by --step-size; without it x - step * dE/dx, as in the lecture')
@@ -432,7 +433,8 @@ def check_out(args):
         fail(f'--out {args.out}: is a file; name a folder')
     there = [name for name in ('best.pt', 'last.pt', 'log.csv') if (args.out / name).exists()]
     if there and not (args.resume or args.overwrite):
-        fail(f'--out {args.out}: {there[0]} is there already; --resume goes on with it, --overwrite starts anew, or take another --out')
+        fail(f'--out {args.out}: {there[0]} is there already; go on with --resume, start anew with --overwrite, or name '
+             'another --out')
 
 
 def check_data(args, data):
@@ -444,8 +446,10 @@ def check_data(args, data):
 
 def remove_old_run(out):
     """What a former run left in `out`, so that no file of it is taken for one of the new run."""
-    for path in [*(out / name for name in ('best.pt', 'last.pt', 'log.csv', 'curves.png')), *out.glob('samples/epoch_*.png')]:
-        path.unlink(missing_ok=True)
+    for name in ('best.pt', 'last.pt', 'log.csv', 'curves.png'):
+        (out / name).unlink(missing_ok=True)
+    for path in out.glob('samples/epoch_*.png'):
+        path.unlink()
 
 
 def main(argv=None):

@@ -98,7 +98,8 @@ def test_folder_with_its_own_splits(tmp_path):
             for i in range(count):
                 Image.new('RGB', (20, 20), (255, 0, i)).save(tmp_path / part / name / f'{i}.png')
     loaded = load_data(str(tmp_path), 16)
-    assert loaded.train.images.shape == (6, 3, 16, 16) and len(loaded.val) == 2 and loaded.test.labels.tolist() == [0, 0, 1, 1]
+    assert loaded.train.images.shape == (6, 3, 16, 16) and len(loaded.val) == 2
+    assert loaded.test.labels.tolist() == [0, 0, 1, 1]
 
 
 def test_image_files_of_all_kinds(tmp_path):
@@ -157,7 +158,8 @@ def small_press(monkeypatch):
 def test_letterpress_is_what_the_contract_says():
     """42 letters in 16,171 prints, as unevenly populated as a page."""
     assert len(data.PRINTS) == 42 and sum(data.PRINTS.values()) == 16_171
-    assert sum(name.isupper() for name in data.PRINTS) == 16 and min(data.PRINTS.values()) < 50 < 700 < max(data.PRINTS.values())
+    assert sum(name.isupper() for name in data.PRINTS) == 16
+    assert min(data.PRINTS.values()) < 50 < 700 < max(data.PRINTS.values())
 
 
 def test_letterpress_same_seed_same_pixels(small_press, tmp_path):

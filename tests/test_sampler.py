@@ -77,7 +77,8 @@ def test_same_seed_same_samples():
 def test_prior_has_the_variance_of_the_course_sheet():
     """`gaussian` is N(0, 0.01), `uniform` is U(-1, 1) of variance 1/3, `mixed` half of each."""
     generator = torch.Generator().manual_seed(0)
-    variance = {kind: prior(kind, (2000, 1, 8, 8), generator).var(dim=(1, 2, 3)) for kind in ('gaussian', 'uniform', 'mixed')}
+    kinds = ('gaussian', 'uniform', 'mixed')
+    variance = {kind: prior(kind, (2000, 1, 8, 8), generator).var(dim=(1, 2, 3)) for kind in kinds}
     assert abs(variance['gaussian'].mean() - .01) < 3e-4 and abs(variance['uniform'].mean() - 1 / 3) < 3e-3
     assert abs((variance['mixed'] > .1).float().mean() - .5) < .04
 

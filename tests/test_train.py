@@ -141,7 +141,8 @@ def test_same_command_same_bytes(trained, glyphs, tmp_path):
 
 
 @pytest.mark.parametrize('flags', [['--model', 'ebm'], ['--px-weight', '0'], ['--init', 'data'], ['--init', 'noise'],
-                                   ['--init', 'persistent'], ['--no-conditional', '--no-paced', '--smoothness', '0'], ['--precision', 'bf16'],
+                                   ['--init', 'persistent'], ['--precision', 'bf16'],
+                                   ['--no-conditional', '--no-paced', '--smoothness', '0'],
                                    ['--no-pixel-step', '--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
 def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
     """Each choice of model and sampler runs to the end with finite numbers."""
@@ -208,17 +209,19 @@ def test_overwrite_leaves_nothing_of_the_old_run(trained, glyphs, tmp_path):
 def test_a_loss_that_is_not_finite_is_told(glyphs, tmp_path, capsys):
     """No epoch with NaN is saved; the run ends with one line below its progress bar."""
     with pytest.raises(SystemExit) as stop:
-        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--lr', '1e30', '--clip-norm', '1e30', '--warmup', '1',
-                    '--batch-size', '4'])
+        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--batch-size', '4', '--lr', '1e30',
+                    '--clip-norm', '1e30', '--warmup', '1'])
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert stop.value.code == 2 and 'no longer finite' in last and '--lr' in last and not (tmp_path / 'best.pt').exists()
 
 
 @pytest.mark.parametrize('flags, word', [
-    (['--epochs', '0'], '--epochs'), (['--lr', '-1'], '--lr'), (['--lr', 'nan'], '--lr'), (['--batch-size', '2.5'], '--batch-size'),
+    (['--epochs', '0'], '--epochs'), (['--lr', '-1'], '--lr'), (['--lr', 'nan'], '--lr'),
+    (['--batch-size', '2.5'], '--batch-size'),
     (['--image-size', '8'], '--image-size'), (['--device', 'cuda:99'], '--device'), (['--device', 'tpu'], '--device'),
     (['--data', 'nowhere'], '--data'), (['--init', 'magic'], '--init'), (['--reinit', '2'], '--reinit'),
-    (['--model', 'ebm', '--conditional'], '--model ebm'), (['--resume', '--overwrite'], '--resume'), (['--epoch', '3'], '--epoch'),
+    (['--model', 'ebm', '--conditional'], '--model ebm'), (['--resume', '--overwrite'], '--resume'),
+    (['--epoch', '3'], '--epoch'),
     (['--batch-size', '61'], '--batch-size')])
 def test_mistakes_are_told_in_one_line(glyphs, tmp_path, refused, flags, word):
     """Exit status 2, one line that names the flag, nothing written."""
