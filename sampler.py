@@ -18,8 +18,9 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, pixel_step=Fal
     * A smaller noise samples a colder law: to first order exp(-E/T)/Z with T = noise^2 / (2 * step_size). Course practice
       (step_size 10, noise .005) is that cold, and its clipped gradient makes it no exact sampler of any temperature.
     * `pixel_step=True` divides each image's gradient by its root mean square, so that `step_size` is how far the pixels
-      of an image move in one step, in units of [-1, 1], however steep or flat the energy is. That is no exact sampler:
-      it acts like one of the local temperature T(x) = noise^2 * rms(dE/dx) / (2 * step_size), hot where E is steep.
+      of an image move in the first step, in units of [-1, 1], however steep or flat the energy is. Steps and noise
+      shrink linearly to nearly nothing over the run: a step of constant length never comes to rest, it ends up
+      jumping across the narrowest valley of the energy. This is annealed descent with noise, no exact sampler.
 
     Args:
         energy: callable, (B, C, H, W) -> (B,). Only the gradient with respect to x is taken, so parameters, their
@@ -45,11 +46,13 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, pixel_step=Fal
             callback(k, x, e.detach())
         if grad_clip is not None:
             gradient = gradient.clamp(-grad_clip, grad_clip)
+        shrink = 1.
         if pixel_step:
+            shrink = 1 - k / steps
             gradient = gradient / (gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-12)
-        x = x - step_size * gradient
+        x = x - shrink * step_size * gradient
         if noise:
-            x = x + noise * torch.randn(x.shape, generator=generator, device=x.device)
+            x = x + shrink * noise * torch.randn(x.shape, generator=generator, device=x.device)
         if clamp is not None:
             x = x.clamp(*clamp)
     return x

@@ -78,11 +78,11 @@ def update(run, x_real, y):
     Algorithm 1 of JEM (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast data with them, classify the data.
     """
     args = run.args
-    noise = torch.randn(x_real.shape, generator=run.generator, device=x_real.device)
-    x_real = (x_real + args.data_noise * noise).clamp(-1, 1)  # noise and bounds as the chains have: no telling by those
     x_synth = draw_samples(run, x_real, y) if args.px_weight else x_real[:0]  # a plain classifier needs no chains
 
-    images = torch.cat([x_real, x_synth]).requires_grad_()  # (2B, C, H, W), one pass through the network for both
+    images = torch.cat([x_real, x_synth])  # (2B, C, H, W), one pass through the network for both
+    noise = torch.randn(images.shape, generator=run.generator, device=images.device)
+    images = (images + args.data_noise * noise).clamp(-1, 1).requires_grad_()  # the same noise: no telling apart by that
     logits = run.model.get_logits(images)  # (2B, K)
     logits_real, logits_synth = logits[:len(y)], logits[-len(y):]  # (B, K) both
     e_real, e_synth, squares = px_step(logits_real, logits_synth)
@@ -372,7 +372,7 @@ def build_parser():
     group.add_argument('--warmup', type=whole(1), default=100, help='updates over which the rate rises to --lr')
     group.add_argument('--clip-norm', type=real(0), default=10., help='longest gradient of the weights')
     group.add_argument('--ema', type=real(0, 1), default=.99, help='of the averaged weights, which are validated and saved')
-    group.add_argument('--data-noise', type=real(0), default=.03, help='standard deviation of the noise on the data')
+    group.add_argument('--data-noise', type=real(0), default=.03, help='standard deviation of the noise on data and samples')
     group.add_argument('--picture-every', type=whole(1), default=5, help='epochs between two pictures of samples and curves')
 
     group = parser.add_argument_group('sampling')
@@ -384,7 +384,7 @@ def build_parser():
     group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
     group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
-    group.add_argument('--step-size', type=real(0), default=.05, help='in units of pixel value, see --pixel-step')
+    group.add_argument('--step-size', type=real(0), default=.1, help='in units of pixel value, see --pixel-step')
     group.add_argument('--noise', type=real(0), default=.03, help='standard deviation of the noise of a step')
     group.add_argument('--pixel-step', action=argparse.BooleanOptionalAction, default=True,
                        help='a step moves every image by --step-size; without it x - step * dE/dx, as in the lecture')
