@@ -92,14 +92,15 @@ class Reservoir:
         self.chains = prior(kind, (sum(lengths), *image_shape), generator, device)  # (slots, C, H, W)
 
     def draw(self, ring, generator=None):
-        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W) and its slot (B,)."""
+        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W), its slot (B,), and whether it is fresh,
+        bool (B, 1, 1, 1)."""
         member = torch.nn.functional.one_hot(ring, len(self.lengths))  # (B,) -> (B, R)
         rank = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B, R) -> (B,): 0, 1, ... within a ring
         slot = self.first[ring] + (self.head[ring] + rank) % self.lengths[ring]  # (B,)
         self.head = (self.head + member.sum(0)) % self.lengths
         x = self.chains[slot]  # (B, C, H, W)
         fresh = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < self.reinit
-        return torch.where(fresh, prior(self.kind, x.shape, generator, x.device), x), slot
+        return torch.where(fresh, prior(self.kind, x.shape, generator, x.device), x), slot, fresh
 
     def store(self, slot, x):
         """Put chains x (B, C, H, W) back into the slots (B,) they were drawn from."""

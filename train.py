@@ -92,9 +92,8 @@ def update(run, x_real, y):
         regulariser = regulariser + args.smoothness / 2 * steepness(logits_real, images)
     loss_pyx = pyx_step(logits_real, y)
 
+    loss = args.px_weight * (gap + regulariser) + args.pyx_weight * loss_pyx
     run.gap.lerp_(gap.detach(), .05)
-    pace = (1 + run.gap).clamp(0, 1) if args.paced else 1.  # learn only as fast as the chains follow
-    loss = pace * (args.px_weight * gap + args.pyx_weight * loss_pyx) + args.px_weight * regulariser
 
     run.optimizer.zero_grad()
     loss.backward()
@@ -110,12 +109,18 @@ def draw_samples(run, x_real, y):
     """Chains x' (B, C, H, W), moved by K steps of SGLD along E(x) or E(x, y) (course task 3.3)."""
     args = run.args
     label = y if args.conditional else None  # y as frequent as in the data, then x' ~ p(x|y): x' ~ p(x), if p(y) is right
-    ring = y if args.conditional else torch.zeros_like(y)
-    x, slot = (x_real, None) if args.init == 'data' else run.reservoir.draw(ring, run.generator)
-    x = sgld(lambda x: run.model.energy(x, label), x, args.sgld_steps, generator=run.generator, **run.sgld_settings)
-    if args.init != 'data':  # contrastive divergence (Hinton 2002) forgets its chains
-        run.reservoir.store(slot, x)
-    return x
+
+    def move(x):
+        return sgld(lambda x: run.model.energy(x, label), x, args.sgld_steps, generator=run.generator, **run.sgld_settings)
+
+    if args.init == 'data':  # contrastive divergence (Hinton 2002): chains start in the data and are forgotten
+        return move(x_real)
+    x, slot, fresh = run.reservoir.draw(y if args.conditional else torch.zeros_like(y), run.generator)
+    moved = move(x)
+    run.reservoir.store(slot, moved)
+    if args.init == 'reservoir':  # a fresh chain counts where it starts, so that noise, too, learns to have a high energy
+        return torch.where(fresh, x, moved)
+    return moved
 
 
 # --- a run and its state ------------------------------------------------------------------------------------------------
@@ -145,7 +150,7 @@ class Run:
             lengths = [max(args.reservoir, args.batch_size)]
         reinit = {'reservoir': args.reinit, 'noise': 1.}.get(args.init, 0.)
         self.reservoir = Reservoir(lengths, (channels, size, size), reinit, args.prior, self.generator, device)
-        self.gap = torch.zeros((), device=device)  # running mean of the energy gap
+        self.gap = torch.zeros((), device=device)  # running mean of the energy gap, for the progress bar
         self.epoch, self.position = 0, 0  # finished epochs, and updates done in the current one
         self.order = torch.zeros(0, dtype=torch.long, device=device)  # of the images in the current epoch
         self.sums = torch.zeros(len(AVERAGES), device=device)  # of what `update` returned in the current epoch
@@ -287,9 +292,8 @@ def plot_curves(rows, args):
             ax.plot(epochs, [row[name] for row in rows], label=name.replace('_', ' '), marker='.')
         ax.set(title=title, xlabel='epoch')
         ax.legend()
-    if args.alpha and args.px_weight:  # where the L2 term, or L2 and pace, stop a gap whose chains have lost
-        axes[0].axhline(-1 / (args.alpha + args.paced), linestyle=':', color='grey', label='bound of the gap')
-        axes[0].legend()
+    if args.alpha and args.px_weight:  # where the L2 term stops the gap of chains that have lost
+        axes[0].set_title(f'energy (bound of the gap: {-1 / args.alpha:g})')
     save_figure(figure, args.out / 'curves.png')
 
 
@@ -361,8 +365,6 @@ def build_parser():
     group.add_argument('--pyx-weight', type=real(0), default=1., help='of -log p(y|x)')
     group.add_argument('--alpha', type=real(0), default=.1, help='of the L2 term on both energies')
     group.add_argument('--smoothness', type=real(0), default=.3, help='of the gradient penalty on the data')
-    group.add_argument('--paced', action=argparse.BooleanOptionalAction, default=True,
-                       help='slow the two terms down while the energy gap is negative, that is, while chains lag behind')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--epochs', type=whole(1), default=60, help='rounds through the training images')

@@ -94,7 +94,7 @@ def test_chains_return_to_their_slots_and_classes():
     generator, visits = torch.Generator().manual_seed(0), torch.zeros(38)
     for _ in range(60):
         ring = torch.randint(3, (8,), generator=generator)
-        x, slot = reservoir.draw(ring)
+        x, slot, _ = reservoir.draw(ring)
         assert torch.equal(x.flatten().long(), slot) and torch.equal(owner[slot], ring)
         assert len(slot.unique()) == 8  # no chain twice in a batch
         reservoir.store(slot, x)
@@ -107,9 +107,9 @@ def test_chains_return_to_their_slots_and_classes():
 def test_what_is_stored_is_drawn_a_round_later():
     """A ring goes round: the chain stored first is the first to come again, changed as it was left."""
     reservoir = Reservoir([4, 4], (1, 1, 1), reinit=0.)
-    x, slot = reservoir.draw(torch.tensor([1, 0, 1, 1]))
+    x, slot, _ = reservoir.draw(torch.tensor([1, 0, 1, 1]))
     reservoir.store(slot, x + 5)
-    again, _ = reservoir.draw(torch.tensor([1, 1]))  # the fourth chain of ring 1, then its first again
+    again, _, _ = reservoir.draw(torch.tensor([1, 1]))  # the fourth chain of ring 1, then its first again
     assert again[0].abs() < 4 and torch.equal(again[1], x[0] + 5)
 
 
@@ -118,8 +118,9 @@ def test_share_of_fresh_chains():
     generator = torch.Generator().manual_seed(0)
     reservoir = Reservoir([4000], (1, 2, 2), reinit=.05, kind='gaussian')
     reservoir.chains[:] = 7.
-    x, _ = reservoir.draw(torch.zeros(4000, dtype=torch.long), generator)
-    fresh = (x != 7).all(dim=(1, 2, 3))
+    x, _, fresh = reservoir.draw(torch.zeros(4000, dtype=torch.long), generator)
+    fresh = fresh.flatten()
+    assert torch.equal(fresh, (x != 7).all(dim=(1, 2, 3)))
     assert abs(fresh.float().mean() - .05) < 3 * (.05 * .95 / 4000) ** .5
     assert (x[~fresh] == 7).all() and (x[fresh].abs() < 1).all()
 
@@ -131,6 +132,6 @@ def test_short_run_and_persistent_chains():
     ring = torch.zeros(6, dtype=torch.long)
     assert (short.draw(ring)[0] != 7).all()
     persistent = Reservoir([6], (1, 2, 2), reinit=0.)
-    x, slot = persistent.draw(ring)
+    x, slot, _ = persistent.draw(ring)
     persistent.store(slot, x + 1)
     assert torch.equal(persistent.draw(ring)[0], x + 1)

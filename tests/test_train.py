@@ -142,7 +142,7 @@ def test_same_command_same_bytes(trained, glyphs, tmp_path):
 
 @pytest.mark.parametrize('flags', [['--model', 'ebm'], ['--px-weight', '0'], ['--init', 'data'], ['--init', 'noise'],
                                    ['--init', 'persistent'], ['--precision', 'bf16'],
-                                   ['--no-conditional', '--no-paced', '--smoothness', '0'],
+                                   ['--no-conditional', '--smoothness', '0'],
                                    ['--no-pixel-step', '--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
 def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
     """Each choice of model and sampler runs to the end with finite numbers."""
@@ -186,7 +186,7 @@ def test_resume_refuses_another_run(trained, glyphs, tmp_path, refused):
     """--resume names the flag that differs, or the data, or the missing last.pt, and changes nothing."""
     before = (trained / 'last.pt').read_bytes()
     assert '--width' in refused(train.main, '--out', trained, '--width', 6, '--resume')
-    assert '--no-paced' not in refused(train.main, '--out', trained, '--no-paced', '--resume')
+    assert '--pixel-step' in refused(train.main, '--out', trained, '--no-pixel-step', '--resume')
     assert 'digits' in refused(train.main, '--out', trained, '--data', 'digits', '--resume')
     assert 'last.pt' in refused(train.main, '--out', tmp_path, '--resume')
     assert before == (trained / 'last.pt').read_bytes()
