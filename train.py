@@ -289,7 +289,8 @@ def plot_curves(rows, args):
     epochs = [row['epoch'] for row in rows]
     for ax, (title, names) in zip(axes, panels.items()):
         for name in names:
-            ax.plot(epochs, [row[name] for row in rows], label=name.replace('_', ' '), marker='.')
+            ax.plot(epochs, [row[name] for row in rows], marker='.',
+                    label='energy gap' if name == 'loss_px' else name.replace('_', ' '))
         ax.set(title=title, xlabel='epoch')
         ax.legend()
     if args.alpha and args.px_weight:  # where the L2 term stops the gap of chains that have lost

@@ -38,6 +38,19 @@ def test_pixel_step_moves_each_image_by_the_step():
     assert (moved * x < 0).all()  # downhill
 
 
+def test_pixel_steps_shrink_over_the_run():
+    """On a slope of constant steepness K steps move an image by step_size * (1 + (K - 1) / K + ... + 1 / K), and the noise
+    adds up to the variance noise^2 * the sum of the squares of the same factors."""
+    slope = torch.randn(1, 1, 8, 8)
+    start, factors = torch.zeros(5000, 1, 8, 8), torch.arange(1, 11) / 10
+    x = sgld(lambda x: (slope * x).sum(dim=(1, 2, 3)), start, 10, .1, .05, pixel_step=True, clamp=None,
+             generator=torch.Generator().manual_seed(0))
+    path = -slope / slope.square().mean().sqrt() * .1 * factors.sum()
+    variance = .05 ** 2 * factors.square().sum()
+    assert ((x.mean(0) - path[0]).abs() < 5 * (variance / 5000).sqrt()).all()
+    assert abs((x - path).var() - variance) < 3 * variance * (2 / x.numel()) ** .5
+
+
 def test_clip_and_clamp():
     """The clip bounds each element of the gradient, the clamp each pixel."""
     x = torch.full((1, 1, 2, 2), .9)

@@ -4,6 +4,7 @@ import math
 import os
 import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ import torch
 
 import train
 from conftest import QUICK
-from model import load_model
-from sampler import sgld
+from model import EnergyModel, load_model
+from sampler import Reservoir, sgld
 
 
 def read_log(folder):
@@ -58,6 +59,21 @@ def test_steepness_is_the_squared_gradient():
 def test_pyx_step_is_the_cross_entropy():
     """-log softmax at the label."""
     assert train.pyx_step(torch.tensor([[0., math.log(3)]]), torch.tensor([1])).item() == pytest.approx(-math.log(.75))
+
+
+def test_fresh_chains_count_where_they_start():
+    """Of the chains in an update the fresh ones are contrasted where they start and stored where they end."""
+    args = SimpleNamespace(conditional=False, init='reservoir', sgld_steps=3)
+    reservoir = Reservoir([50], (1, 16, 16), reinit=.5, kind='gaussian')
+    reservoir.chains[:] = .7
+    run = SimpleNamespace(args=args, model=EnergyModel(1, width=4), reservoir=reservoir,
+                          generator=torch.Generator().manual_seed(0), sgld_settings={'step_size': .1, 'pixel_step': True})
+    with torch.no_grad():
+        x = train.draw_samples(run, torch.zeros(50, 1, 16, 16), torch.zeros(50, dtype=torch.long))
+    still = (x == reservoir.chains).flatten(1).all(1)
+    stored = (x.flatten(1).mean(1) > .3)  # those that were in the reservoir
+    assert torch.equal(still, stored) and 10 < stored.sum() < 40
+    assert x[~stored].std() < .11  # N(0, 0.01), not moved yet
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------------
