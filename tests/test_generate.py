@@ -21,7 +21,8 @@ def test_modes_write_a_picture_and_its_images(trained, tmp_path, mode, flags, co
 def test_same_seed_same_samples(trained, tmp_path):
     """The same command writes the same bytes; another seed does not."""
     for name, seed in (('a', '1'), ('b', '1'), ('c', '2')):
-        generate.main(['--ckpt', str(trained / 'best.pt'), '--out', str(tmp_path / name), *SHORT, '--seed', seed])
+        generate.main(['--ckpt', str(trained / 'best.pt'), '--out', str(tmp_path / name), *SHORT, '--seed', seed,
+                       '--classes', 'lie'])
     a, b, c = ((tmp_path / name / 'samples.npy').read_bytes() for name in 'abc')
     assert a == b != c
     assert (tmp_path / 'a/samples.png').read_bytes() == (tmp_path / 'b/samples.png').read_bytes()

@@ -22,6 +22,12 @@ def test_metrics_by_hand(score_id, score_ood, auroc, fpr95):
     assert row['auroc_low'] <= row['auroc_high'] and (row['n_id'], row['n_ood']) == (len(score_id), len(score_ood))
 
 
+def test_false_positive_rate_with_ties():
+    """100 pairs of equal scores, none the same as another: 95 of the OOD inputs are found with 95 false alarms."""
+    row = ood.detection(np.arange(100.), np.arange(100.), resamples=2)
+    assert row['fpr95'] == pytest.approx(.95) and row['auroc'] == pytest.approx(.5)
+
+
 def test_bootstrap_interval_covers():
     """The 95 % interval of a normal pair of scores holds the true AUROC, and has the width that theory gives."""
     random = np.random.default_rng(0)
