@@ -130,8 +130,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0):
         return load_glyphs(folder, image_size or 56)
     if folder.is_dir():
         return load_folder(folder, image_size or 56, seed)
-    known = ', '.join(['letterpress', 'digits', *TORCHVISION])
-    raise DataError(f'--data {name}: no such folder, and no data set of that name ({known})')
+    raise DataError(f'--data {name}: no such folder, and no data set of that name ({", ".join(NAMES)})')
 
 
 def split_stratified(images, labels, class_names, seed, name):
@@ -232,6 +231,9 @@ TORCHVISION = {  # name: class, image size, arguments for the training part, arg
     'svhn': (datasets.SVHN, 32, {'split': 'train'}, {'split': 'test'}),
     'omniglot': (datasets.Omniglot, 56, {'background': True}, None),
 }
+
+
+NAMES = ['letterpress', 'digits', *TORCHVISION]
 
 
 def load_torchvision(name, image_size, data_root, seed):

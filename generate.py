@@ -6,7 +6,6 @@
 
 Each mode writes one picture, MODE.png, and the images in it as MODE.npy, float32 (N, C, H, W) in [-1, 1], into --out.
 """
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data import atomic_write, save_grid
-from model import CheckpointError, CommandLine, fail, load_model, real, whole
+from model import CommandLine, fail, load_model, mistakes_told, real, whole
 from sampler import prior, sgld
 
 
@@ -128,15 +127,11 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with mistakes_told():
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
         x = MODES[args.mode](model, checkpoint, args)
         with atomic_write(args.out / f'{args.mode}.npy') as file:
             np.save(file, x.cpu().numpy())
-    except (CheckpointError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
     print(f'{args.out / args.mode}.png, {args.out / args.mode}.npy')
 
 

@@ -10,6 +10,7 @@ energy based model and you should treat it like one", equations 4 to 7):
 Low energy = likely = in-distribution. With K = 1 the same class is a plain energy-based model without labels.
 """
 import argparse
+import contextlib
 import math
 import os
 import re
@@ -101,6 +102,17 @@ def fail(error):
     """Tell a user's mistake in one line and leave with exit status 2."""
     print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
     sys.exit(2)
+
+
+@contextlib.contextmanager
+def mistakes_told(*errors):
+    """Tell these exceptions as a user's mistake, in one line and with exit status 2; Ctrl-C leaves with 130."""
+    try:
+        yield
+    except (CheckpointError, OSError, *errors) as error:
+        fail(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):

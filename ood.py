@@ -6,7 +6,6 @@
 The test split of the checkpoint's own data is in-distribution, label 0; OOD is label 1, and a score is higher for what is
 more OOD. The score is the energy E(x) itself. Prints a table and writes ood.csv and ood.png (histograms) into --out.
 """
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from tqdm import tqdm
 
 from data import DataError, load_data, load_ood, save_figure, to_float, write_csv
-from model import CheckpointError, CommandLine, fail, load_model
+from model import CheckpointError, CommandLine, load_model, mistakes_told
 
 COLUMNS = ['set', 'score', 'auroc', 'auroc_low', 'auroc_high', 'aupr', 'fpr95', 'n_id', 'n_ood']
 
@@ -80,23 +79,30 @@ def parse_args(argv=None):
     parser.add_argument('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     parser.add_argument('--ood', nargs='+', metavar='NAME', help='OOD sets, see data.py; the default is all there are')
     parser.add_argument('--data', help='the checkpoint\'s data, where they lie elsewhere now')
-    parser.add_argument('--data-root', type=Path, default='.data', help='folder of downloads and of rendered letterpress')
+    parser.add_argument('--data-root', type=Path, help='folder of downloads and of rendered letterpress, as in the training')
     parser.add_argument('--out', type=Path, default='.', help='folder to write into')
     parser.add_shared_arguments()
     return parser.parse_args(argv)
 
 
+def load_checked(args, checkpoint):
+    """The data that the checkpoint was trained on, checked for being those."""
+    name = args.data or checkpoint['data']
+    trained = checkpoint['args']
+    data = load_data(name, checkpoint['image_size'], args.data_root or trained['data_root'], trained['seed'])
+    if (data.test.images.shape[1] != checkpoint['settings']['channels']
+            or checkpoint['class_names'] not in ([], data.class_names)):
+        raise DataError(f'--data {name}: its channels or classes are not those that {args.ckpt} was trained on; '
+                        'name the data of the training')
+    return data
+
+
 def main(argv=None):
     args = parse_args(argv)
-    try:
+    with mistakes_told(DataError):
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
-        name = args.data or checkpoint['data']
-        data = load_data(name, checkpoint['image_size'], args.data_root, checkpoint['args']['seed'])
-        if (data.test.images.shape[1] != checkpoint['settings']['channels']
-                or checkpoint['class_names'] not in ([], data.class_names)):
-            raise DataError(f'--data {name}: its channels or classes are not those that {args.ckpt} was trained on; '
-                            'name the data of the training')
-        names = args.ood or [*data.ood, 'noise', *(['digits'] if name != 'digits' else [])]
+        data = load_checked(args, checkpoint)
+        names = args.ood or [*data.ood, 'noise', *(['digits'] if checkpoint['data'] != 'digits' else [])]
         sets = {name: load_ood(name, data, args.seed) for name in names}
         energy_id = energies(model, data.test.images, args.device)
         energy_ood, rows = {}, []
@@ -106,10 +112,6 @@ def main(argv=None):
         print_table(rows)
         write_csv(rows, COLUMNS, args.out / 'ood.csv')
         plot_histograms(energy_id, energy_ood, rows, args.out / 'ood.png')
-    except (DataError, CheckpointError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 if __name__ == '__main__':

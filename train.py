@@ -24,8 +24,9 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import DataError, atomic_write, load_data, save_figure, save_grid, write_csv
-from model import CheckpointError, CommandLine, EnergyModel, fail, read_checkpoint, real, save_checkpoint, whole
+from data import NAMES, DataError, atomic_write, load_data, save_figure, save_grid, write_csv
+from model import (CheckpointError, CommandLine, EnergyModel, fail, mistakes_told, read_checkpoint, real, save_checkpoint,
+                   whole)
 from sampler import Reservoir, prior, sgld
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples).
@@ -405,6 +406,8 @@ def parse_args(argv=None):
         args = resumed_args(parser, argv, args.out)
     if args.conditional is None:
         args.conditional = args.model == 'jem'
+    if args.data not in NAMES and Path(args.data).is_dir():
+        args.data = str(Path(args.data).resolve())  # so that ood.py finds it from any folder
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0, or use --model jem')
     return args
@@ -456,18 +459,14 @@ def remove_old_run(out):
 
 
 def main(argv=None):
-    try:
-        args = parse_args(argv)
+    args = parse_args(argv)
+    with mistakes_told(DataError, FloatingPointError):
         check_out(args)
         data = load_data(args.data, args.image_size, args.data_root, args.seed)
         check_data(args, data)
         if args.overwrite:
             remove_old_run(args.out)
         status = train(args, data)
-    except (DataError, CheckpointError, FloatingPointError, OSError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        status = 130
     if status:
         sys.exit(status)
 
