@@ -219,7 +219,8 @@ def show_progress(bar, run):
         if not all(map(math.isfinite, means.values())):
             raise FloatingPointError(f'the loss is no longer finite in epoch {run.epoch + 1}; {run.args.out / "last.pt"} is '
                                      'as it was before; start anew with a lower --lr or --step-size')
-        bar.set_postfix_str(f'epoch {run.epoch + 1} gap {run.gap.item():+.2f} accuracy {means["train_accuracy"]:.3f}', False)
+        accuracy = f' accuracy {means["train_accuracy"]:.3f}' if run.args.model == 'jem' else ''
+        bar.set_postfix_str(f'epoch {run.epoch + 1} gap {run.gap.item():+.2f}{accuracy}', False)
 
 
 # --- validation, logging, saving ----------------------------------------------------------------------------------------
