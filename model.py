@@ -119,7 +119,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """The module's docstring as it stands, and the default of every flag that has one."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        bare = action.default is None or action.default is False  # but 0 is a default to show
+        return action.help if bare else super()._get_help_string(action)
 
 
 def whole(low, high=2 ** 31):

@@ -245,6 +245,15 @@ def test_mistakes_are_told_in_one_line(glyphs, tmp_path, refused, flags, word):
     assert not (tmp_path / 'new').exists()
 
 
+def test_help_prints_the_real_defaults(capsys):
+    """--help opens with what the script does and prints every default, 0 among them, but no empty one."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and 'Train an energy-based model' in text and 'default: None' not in text
+    assert 'of everything random (default: 0)' in text and 'in an update (default: 32)' in text
+
+
 def test_out_must_be_a_folder(glyphs, tmp_path, refused):
     """A file in the place of --out is named and kept."""
     (tmp_path / 'file').write_text('mine')
