@@ -3,10 +3,10 @@
 Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,).
 """
 import torch
+import torch.nn.functional as F
 
 
-def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, pixel_step=False, clamp=(-1.0, 1.0), generator=None,
-         callback=None):
+def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1.0), generator=None, callback=None):
     """Run `steps` steps of stochastic gradient Langevin dynamics (Welling and Teh 2011) from x; returns the last state.
 
         x <- x - step_size * dE/dx + noise * xi,    xi ~ N(0, I)
@@ -14,13 +14,9 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, pixel_step=Fal
     Which law do the chains follow?
 
     * `noise=None` takes sqrt(2 * step_size). With eta = 2 * step_size that is the lecture's x - eta/2 dE/dx + sqrt(eta) xi,
-      whose stationary law tends to exp(-E)/Z as eta -> 0 (with no clip, no clamp and no pixel_step).
+      whose stationary law tends to exp(-E)/Z as eta -> 0 (with no clip and no clamp).
     * A smaller noise samples a colder law: to first order exp(-E/T)/Z with T = noise^2 / (2 * step_size). Course practice
       (step_size 10, noise .005) is that cold, and its clipped gradient makes it no exact sampler of any temperature.
-    * `pixel_step=True` divides each image's gradient by its root mean square, so that `step_size` is how far the pixels
-      of an image move in the first step, in units of [-1, 1], however steep or flat the energy is. Steps and noise
-      shrink linearly to nearly nothing over the run: a step of constant length never comes to rest, it ends up
-      jumping across the narrowest valley of the energy. This is annealed descent with noise, no exact sampler.
 
     Args:
         energy: callable, (B, C, H, W) -> (B,). Only the gradient with respect to x is taken, so parameters, their
@@ -46,26 +42,38 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, pixel_step=Fal
             callback(k, x, e.detach())
         if grad_clip is not None:
             gradient = gradient.clamp(-grad_clip, grad_clip)
-        shrink = 1.
-        if pixel_step:
-            shrink = 1 - k / steps
-            gradient = gradient / (gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt() + 1e-12)
-        x = x - shrink * step_size * gradient
+        x = x - step_size * gradient
         if noise:
-            x = x + shrink * noise * torch.randn(x.shape, generator=generator, device=x.device)
+            x = x + noise * torch.randn(x.shape, generator=generator, device=x.device)
         if clamp is not None:
             x = x.clamp(*clamp)
     return x
 
 
 def prior(kind, shape, generator=None, device='cpu'):
-    """Starts of fresh chains, float32 of `shape` (B, C, H, W): `gaussian` N(0, 0.01), `uniform` on [-1, 1], or half and
-    half (`mixed`, so that the energy learns to lead out of both)."""
-    gaussian = .1 * torch.randn(shape, generator=generator, device=device)
-    uniform = 2 * torch.rand(shape, generator=generator, device=device) - 1
-    share = {'gaussian': 0., 'uniform': 1., 'mixed': .5}[kind]
-    pick = torch.rand(shape[0], 1, 1, 1, generator=generator, device=device) < share  # (B, 1, 1, 1)
-    return torch.where(pick, uniform, gaussian)
+    """Starts of fresh chains, float32 of `shape` (B, C, H, W): `gaussian` N(0, 0.01), `uniform` on [-1, 1], or `mixed`, half
+    gaussian and half `grainy`, so that the energy learns to lead home from everywhere."""
+    if kind == 'uniform':
+        return 2 * torch.rand(shape, generator=generator, device=device) - 1
+    x = .1 * torch.randn(shape, generator=generator, device=device)
+    if kind == 'mixed':
+        pick = torch.rand(shape[0], 1, 1, 1, generator=generator, device=device) < .5  # (B, 1, 1, 1)
+        x = torch.where(pick, grainy(shape, generator, device), x)
+    return x
+
+
+def grainy(shape, generator=None, device='cpu'):
+    """Noise of every grain, from clouds to single pixels, and of every contrast, from fog to black and white."""
+    batch, channels, height, width = shape
+    x = torch.zeros(shape, device=device)
+    cells = [2 ** i for i in range(height.bit_length()) if 2 ** i < height] + [height]
+    for n in cells:  # the share of each grain is a cubed exponential: mostly one or two of them carry an image
+        share = torch.empty(batch, 1, 1, 1, device=device).exponential_(generator=generator) ** 3
+        octave = torch.randn(batch, channels, n, n, generator=generator, device=device)
+        x += share * F.interpolate(octave, (height, width), mode='bilinear')  # (B, C, n, n) -> (B, C, H, W)
+    deviation = x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
+    contrast = (3.2 * torch.rand(batch, 1, 1, 1, generator=generator, device=device) - .7).exp()  # .5 to 12
+    return (contrast * x / deviation).clamp(-1, 1)
 
 
 class Reservoir:
@@ -92,15 +100,14 @@ class Reservoir:
         self.chains = prior(kind, (sum(lengths), *image_shape), generator, device)  # (slots, C, H, W)
 
     def draw(self, ring, generator=None):
-        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W), its slot (B,), and whether it is fresh,
-        bool (B, 1, 1, 1)."""
-        member = torch.nn.functional.one_hot(ring, len(self.lengths))  # (B,) -> (B, R)
+        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W) and the slots (B,) to store it in."""
+        member = F.one_hot(ring, len(self.lengths))  # (B,) -> (B, R)
         rank = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B, R) -> (B,): 0, 1, ... within a ring
         slot = self.first[ring] + (self.head[ring] + rank) % self.lengths[ring]  # (B,)
         self.head = (self.head + member.sum(0)) % self.lengths
         x = self.chains[slot]  # (B, C, H, W)
         fresh = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < self.reinit
-        return torch.where(fresh, prior(self.kind, x.shape, generator, x.device), x), slot, fresh
+        return torch.where(fresh, prior(self.kind, x.shape, generator, x.device), x), slot
 
     def store(self, slot, x):
         """Put chains x (B, C, H, W) back into the slots (B,) they were drawn from."""

@@ -30,7 +30,9 @@ from model import (CheckpointError, CommandLine, EnergyModel, fail, mistakes_tol
 from sampler import Reservoir, prior, sgld
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples).
-AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'energy_real', 'energy_synth', 'grad_norm', 'train_accuracy']
+AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'grad_norm',
+            'train_accuracy']
+ROUND = .15  # radius of the round bottom of the energy's valleys, in units of [-1, 1]
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
 
 
@@ -57,18 +59,25 @@ def pyx_step(logits, y):
     return F.cross_entropy(logits, y)
 
 
-def steepness(logits_real, images):
-    """mean |dE/dx|^2 over the data, the zero-centred gradient penalty R1 (Mescheder et al. 2018): a scalar to minimise.
+def matching_step(energy, x_real, z, t, slope):
+    """How far the energy is from rising with the distance to the data, by `slope` for each unit of it: a scalar >= 0.
+
+    On the way x_t = x + t (z - x) from an image x to noise z let r be the distance to x (root mean square over the pixels).
+    The wanted energy is a valley, slope * sqrt(r^2 + ROUND^2): round at the bottom, then rising at a constant slope. Only
+    gradients are compared, so where data lie close together their valleys melt into one, as in denoising score matching
+    (Vincent 2011, over many noise levels Li et al. 2019; on the way from x to z equilibrium matching, Wang and Du 2025).
 
     Args:
-        logits_real: f(x)[y] (B, K) of the data.
-        images: what the network saw, the data among them, (2B, C, H, W); only the data have a gradient in `logits_real`.
-
-    Data and chains pull at the energy as data and generator pull at a discriminator, and there this penalty is what makes
-    training converge: near the data the energy stays as smooth as the chains are fast.
+        energy: callable, (B, C, H, W) -> (B,).
+        x_real, z: images and noise (B, C, H, W).
+        t: how far to go, (B, 1, 1, 1) in [0, 1].
     """
-    gradient, = torch.autograd.grad(logits_real.logsumexp(1).sum(), images, create_graph=True)  # (2B, C, H, W)
-    return gradient.square().sum() / len(logits_real)
+    away = t * (z - x_real)  # (B, C, H, W)
+    x = (x_real + away).requires_grad_()
+    gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
+    r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
+    wanted = away / (r ** 2 + ROUND ** 2).sqrt()  # N / slope times the gradient of the valley, for N pixels
+    return (gradient * x_real[0].numel() / slope - wanted).square().mean()
 
 
 # --- one update: the algorithm box --------------------------------------------------------------------------------------
@@ -77,23 +86,33 @@ def update(run, x_real, y):
     """One step of maximum likelihood on log p(x, y) = log p(x) + log p(y|x); returns what the log averages.
 
     Algorithm 1 of JEM (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast data with them, classify the data.
+    What is added to it is `matching_step`, which keeps the energy one that chains can follow.
     """
     args = run.args
-    x_synth = draw_samples(run, x_real, y) if args.px_weight else x_real[:0]  # a plain classifier needs no chains
+    label = y if args.conditional else None  # y as frequent as in the data, then x' ~ p(x|y): x' ~ p(x), if p(y) is right
+
+    def energy(x):
+        return run.model.energy(x, label)  # (B, C, H, W) -> (B,)
+
+    x_synth = draw_samples(run, energy, x_real, label) if args.px_weight else x_real[:0]  # a plain classifier has none
 
     images = torch.cat([x_real, x_synth])  # (2B, C, H, W), one pass through the network for both
     noise = torch.randn(images.shape, generator=run.generator, device=images.device)
-    images = (images + args.data_noise * noise).clamp(-1, 1).requires_grad_()  # the same noise: no telling apart by that
+    images = (images + args.data_noise * noise).clamp(-1, 1)  # the same noise: no telling apart by that
     logits = run.model.get_logits(images)  # (2B, K)
     logits_real, logits_synth = logits[:len(y)], logits[-len(y):]  # (B, K) both
     e_real, e_synth, squares = px_step(logits_real, logits_synth)
     gap = e_real - e_synth
-    regulariser = args.alpha * squares
-    if args.px_weight and args.smoothness:
-        regulariser = regulariser + args.smoothness / 2 * steepness(logits_real, images)
+    loss_reg = args.alpha * squares
     loss_pyx = pyx_step(logits_real, y)
 
-    loss = args.px_weight * (gap + regulariser) + args.pyx_weight * loss_pyx
+    loss_matching = torch.zeros_like(loss_pyx)
+    if args.px_weight and args.matching:
+        z = prior(args.prior, x_real.shape, run.generator, x_real.device)  # (B, C, H, W)
+        t = torch.rand(len(y), 1, 1, 1, generator=run.generator, device=x_real.device)
+        loss_matching = args.matching * matching_step(energy, x_real, z, t, args.slope)
+
+    loss = args.px_weight * (gap + loss_reg + loss_matching) + args.pyx_weight * loss_pyx
     run.gap.lerp_(gap.detach(), .05)
 
     run.optimizer.zero_grad()
@@ -103,25 +122,18 @@ def update(run, x_real, y):
     run.ema.update_parameters(run.model)
 
     accuracy = (logits_real.argmax(1) == y).float().mean()
-    return torch.stack([loss, gap, loss_pyx, regulariser, e_real, e_synth, grad_norm, accuracy]).detach()
+    return torch.stack([loss, gap, loss_pyx, loss_reg, loss_matching, e_real, e_synth, grad_norm, accuracy]).detach()
 
 
-def draw_samples(run, x_real, y):
-    """Chains x' (B, C, H, W), moved by K steps of SGLD along E(x) or E(x, y) (course task 3.3)."""
-    args = run.args
-    label = y if args.conditional else None  # y as frequent as in the data, then x' ~ p(x|y): x' ~ p(x), if p(y) is right
-
-    def move(x):
-        return sgld(lambda x: run.model.energy(x, label), x, args.sgld_steps, generator=run.generator, **run.sgld_settings)
-
-    if args.init == 'data':  # contrastive divergence (Hinton 2002): chains start in the data and are forgotten
-        return move(x_real)
-    x, slot, fresh = run.reservoir.draw(y if args.conditional else torch.zeros_like(y), run.generator)
-    moved = move(x)
-    run.reservoir.store(slot, moved)
-    if args.init == 'reservoir':  # a fresh chain counts where it starts, so that noise, too, learns to have a high energy
-        return torch.where(fresh, x, moved)
-    return moved
+def draw_samples(run, energy, x_real, label):
+    """Chains x' (B, C, H, W), moved by K steps of SGLD along E(x), or E(x, y) for labels (B,) (course task 3.3)."""
+    if run.args.init == 'data':  # contrastive divergence (Hinton 2002): chains start in the data and are forgotten
+        return sgld(energy, x_real, run.args.sgld_steps, generator=run.generator, **run.sgld_settings)
+    ring = torch.zeros(len(x_real), dtype=torch.long, device=x_real.device) if label is None else label  # (B,)
+    x, slot = run.reservoir.draw(ring, run.generator)
+    x = sgld(energy, x, run.args.sgld_steps, generator=run.generator, **run.sgld_settings)
+    run.reservoir.store(slot, x)
+    return x
 
 
 # --- a run and its state ------------------------------------------------------------------------------------------------
@@ -140,8 +152,9 @@ class Run:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
         # No momentum: what it remembers was said of chains that have moved on since.
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, betas=(0., .999))
-        self.sgld_settings = {'step_size': args.step_size, 'noise': args.noise, 'grad_clip': args.grad_clip,
-                              'pixel_step': args.pixel_step}
+        step_size = args.step_size  # by default one that moves pixels by .1 where the energy rises by --slope
+        step_size = .1 * channels * size * size / args.slope if step_size is None else step_size
+        self.sgld_settings = {'step_size': step_size, 'noise': args.noise, 'grad_clip': args.grad_clip}
         lengths = [args.batch_size] * (num_classes if args.conditional else 1)
         if args.init == 'reservoir' and args.conditional:
             share = data.train.labels.bincount(minlength=num_classes) / len(data.train)  # (K,)
@@ -285,7 +298,7 @@ def draw_grid(run, data):
 
 def plot_curves(rows, args):
     """curves.png: the energies and their gap, the losses, and what validation says, over the epochs."""
-    panels = {'energy': ['energy_real', 'energy_synth', 'loss_px'], 'loss': ['loss_pyx', 'loss_reg'],
+    panels = {'energy': ['energy_real', 'energy_synth', 'loss_px'], 'loss': ['loss_pyx', 'loss_matching', 'loss_reg'],
               'validation': ['val_accuracy', 'val_auprc', 'val_auroc']}
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.5), layout='constrained')
     epochs = [row['epoch'] for row in rows]
@@ -367,7 +380,8 @@ def build_parser():
     group.add_argument('--px-weight', type=real(0), default=1., help='of -log p(x); 0 is a plain classifier')
     group.add_argument('--pyx-weight', type=real(0), default=1., help='of -log p(y|x)')
     group.add_argument('--alpha', type=real(0), default=.1, help='of the L2 term on both energies')
-    group.add_argument('--smoothness', type=real(0), default=.3, help='of the gradient penalty on the data')
+    group.add_argument('--matching', type=real(0), default=3., help='of the term that shapes the energy\'s valleys')
+    group.add_argument('--slope', type=real(1e-6), default=40., help='of these valleys, per unit of pixel distance')
 
     group = parser.add_argument_group('optimisation')
     group.add_argument('--epochs', type=whole(1), default=60, help='rounds through the training images')
@@ -389,11 +403,9 @@ def build_parser():
     group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
     group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
-    group.add_argument('--step-size', type=real(0), default=.1, help='in units of pixel value, see --pixel-step')
+    group.add_argument('--step-size', type=real(0), help='default: .1 * pixels / slope, which moves pixels by up to .1')
     group.add_argument('--noise', type=real(0), default=.03, help='standard deviation of the noise of a step')
-    group.add_argument('--pixel-step', action=argparse.BooleanOptionalAction, default=True,
-                       help='a step moves every image by --step-size; without it x - step * dE/dx, as in the lecture')
-    group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. .03 with --no-pixel-step')
+    group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. at .03')
     parser.add_shared_arguments()
     return parser
 

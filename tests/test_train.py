@@ -4,7 +4,6 @@ import math
 import os
 import shutil
 import signal
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +12,7 @@ import torch
 import train
 from conftest import QUICK
 from model import EnergyModel, load_model
-from sampler import Reservoir, sgld
+from sampler import prior, sgld
 
 
 def read_log(folder):
@@ -47,33 +46,39 @@ def test_px_step_by_hand():
     assert train.px_step(two, two)[0].item() == pytest.approx(-math.log(2))
 
 
-def test_steepness_is_the_squared_gradient():
-    """For f(x) = a . x the penalty is |a|^2, and it has a gradient in a."""
-    a = torch.tensor([3., 4.], requires_grad=True)
-    x = torch.rand(5, 1, 1, 2, requires_grad=True)
-    value = train.steepness((x.flatten(1) @ a)[:, None], x)
-    assert value.item() == pytest.approx(25.)
-    torch.testing.assert_close(torch.autograd.grad(value, a)[0], 2 * a.detach())
+def test_matching_is_met_by_the_valley_itself():
+    """The term is 0 for E = slope * sqrt(r^2 + ROUND^2) around the image, r the root mean square distance of the pixels, and
+    the mean square of the difference for an energy that is twice as steep."""
+    generator = torch.Generator().manual_seed(0)
+    x, z = torch.rand(6, 1, 4, 4, generator=generator), prior('uniform', (6, 1, 4, 4), generator)
+    t = torch.rand(6, 1, 1, 1, generator=generator)
+
+    def valley(slope):
+        return lambda x_t: slope * ((x_t - x).square().mean(dim=(1, 2, 3)) + train.ROUND ** 2).sqrt()
+
+    assert train.matching_step(valley(40.), x, z, t, 40.).item() == pytest.approx(0, abs=1e-10)
+    r2 = (t * (z - x)).square().mean(dim=(1, 2, 3))
+    assert train.matching_step(valley(80.), x, z, t, 40.).item() == pytest.approx((r2 / (r2 + train.ROUND ** 2)).mean().item())
+
+
+def test_matching_teaches_the_weights():
+    """Descent on the term alone turns the energy of a network into a valley: the gradient reaches the weights through dE/dx."""
+    torch.manual_seed(0)
+    model, x = EnergyModel(1, width=4), torch.zeros(16, 1, 16, 16)
+    optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
+    for _ in range(80):
+        z, t = prior('uniform', x.shape), torch.rand(16, 1, 1, 1)
+        loss = train.matching_step(model.energy, x, z, t, 10.)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < .2 * losses[0]
 
 
 def test_pyx_step_is_the_cross_entropy():
     """-log softmax at the label."""
     assert train.pyx_step(torch.tensor([[0., math.log(3)]]), torch.tensor([1])).item() == pytest.approx(-math.log(.75))
-
-
-def test_fresh_chains_count_where_they_start():
-    """Of the chains in an update the fresh ones are contrasted where they start and stored where they end."""
-    args = SimpleNamespace(conditional=False, init='reservoir', sgld_steps=3)
-    reservoir = Reservoir([50], (1, 16, 16), reinit=.5, kind='gaussian')
-    reservoir.chains[:] = .7
-    run = SimpleNamespace(args=args, model=EnergyModel(1, width=4), reservoir=reservoir,
-                          generator=torch.Generator().manual_seed(0), sgld_settings={'step_size': .1, 'pixel_step': True})
-    with torch.no_grad():
-        x = train.draw_samples(run, torch.zeros(50, 1, 16, 16), torch.zeros(50, dtype=torch.long))
-    still = (x == reservoir.chains).flatten(1).all(1)
-    stored = (x.flatten(1).mean(1) > .3)  # those that were in the reservoir
-    assert torch.equal(still, stored) and 10 < stored.sum() < 40
-    assert x[~stored].std() < .11  # N(0, 0.01), not moved yet
 
 
 # --- a run ----------------------------------------------------------------------------------------------------------------
@@ -158,8 +163,8 @@ def test_same_command_same_bytes(trained, glyphs, tmp_path):
 
 @pytest.mark.parametrize('flags', [['--model', 'ebm'], ['--px-weight', '0'], ['--init', 'data'], ['--init', 'noise'],
                                    ['--init', 'persistent'], ['--precision', 'bf16'],
-                                   ['--no-conditional', '--smoothness', '0'],
-                                   ['--no-pixel-step', '--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
+                                   ['--no-conditional', '--matching', '0'],
+                                   ['--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
 def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
     """Each choice of model and sampler runs to the end with finite numbers."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *flags])
@@ -202,7 +207,7 @@ def test_resume_refuses_another_run(trained, glyphs, tmp_path, refused):
     """--resume names the flag that differs, or the data, or the missing last.pt, and changes nothing."""
     before = (trained / 'last.pt').read_bytes()
     assert '--width' in refused(train.main, '--out', trained, '--width', 6, '--resume')
-    assert '--pixel-step' in refused(train.main, '--out', trained, '--no-pixel-step', '--resume')
+    assert '--conditional' in refused(train.main, '--out', trained, '--no-conditional', '--resume')
     assert 'digits' in refused(train.main, '--out', trained, '--data', 'digits', '--resume')
     assert 'last.pt' in refused(train.main, '--out', tmp_path, '--resume')
     assert before == (trained / 'last.pt').read_bytes()
