@@ -113,6 +113,11 @@ class Reservoir:
         """Put chains x (B, C, H, W) back into the slots (B,) they were drawn from."""
         self.chains[slot] = x
 
+    def mend(self, generator=None):
+        """Replace chains that hold anything but pixel values by fresh ones."""
+        broken = ~(self.chains.abs() <= 1).all(dim=(1, 2, 3), keepdim=True)  # (slots, 1, 1, 1); also where it is NaN
+        self.chains = torch.where(broken, prior(self.kind, self.chains.shape, generator, self.chains.device), self.chains)
+
     def state_dict(self):
         return {'chains': self.chains, 'head': self.head}
 

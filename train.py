@@ -29,9 +29,10 @@ from model import (CheckpointError, CommandLine, EnergyModel, fail, mistakes_tol
                    whole)
 from sampler import Reservoir, prior, sgld
 
-# What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples).
+# What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples); saturated is
+# the share of pixels at -1 or 1 in samples beyond that in data.
 AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'grad_norm',
-            'train_accuracy']
+            'train_accuracy', 'saturated']
 ROUND = .15  # radius of the round bottom of the energy's valleys, in units of [-1, 1]
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
 
@@ -113,7 +114,6 @@ def update(run, x_real, y):
         loss_matching = args.matching * matching_step(energy, x_real, z, t, args.slope)
 
     loss = args.px_weight * (gap + loss_reg + loss_matching) + args.pyx_weight * loss_pyx
-    run.gap.lerp_(gap.detach(), .05)
 
     run.optimizer.zero_grad()
     loss.backward()
@@ -122,7 +122,10 @@ def update(run, x_real, y):
     run.ema.update_parameters(run.model)
 
     accuracy = (logits_real.argmax(1) == y).float().mean()
-    return torch.stack([loss, gap, loss_pyx, loss_reg, loss_matching, e_real, e_synth, grad_norm, accuracy]).detach()
+    at_limit = (images.abs() == 1).float().mean(dim=(1, 2, 3))  # (2B,)
+    saturated = at_limit[-len(y):].mean() - at_limit[:len(y)].mean()
+    return torch.stack([loss, gap, loss_pyx, loss_reg, loss_matching, e_real, e_synth, grad_norm, accuracy,
+                        saturated]).detach()
 
 
 def draw_samples(run, energy, x_real, label):
@@ -164,14 +167,16 @@ class Run:
             lengths = [max(args.reservoir, args.batch_size)]
         reinit = {'reservoir': args.reinit, 'noise': 1.}.get(args.init, 0.)
         self.reservoir = Reservoir(lengths, (channels, size, size), reinit, args.prior, self.generator, device)
-        self.gap = torch.zeros((), device=device)  # running mean of the energy gap, for the progress bar
         self.epoch, self.position = 0, 0  # finished epochs, and updates done in the current one
         self.order = torch.zeros(0, dtype=torch.long, device=device)  # of the images in the current epoch
         self.sums = torch.zeros(len(AVERAGES), device=device)  # of what `update` returned in the current epoch
+        self.checked = self.sums.clone()  # the same when the guard last looked
+        self.norms, self.trips, self.events = [], 0, []  # the guard's: lengths of gradients, how often it tripped and why
         self.seconds, self.best, self.rows = 0., -math.inf, []
 
     PARTS = ['model', 'ema', 'optimizer', 'reservoir']
-    VALUES = ['gap', 'epoch', 'position', 'order', 'sums', 'seconds', 'best', 'rows']
+    VALUES = ['epoch', 'position', 'order', 'sums', 'checked', 'norms', 'trips', 'events', 'seconds', 'best',
+              'rows']
 
     def state_dict(self):
         return {**{name: getattr(self, name).state_dict() for name in self.PARTS},
@@ -199,19 +204,24 @@ def train(args, data):
     bar = tqdm(total=args.epochs * updates, initial=run.epoch * updates + run.position, unit='update', mininterval=1.)
     with bar, StopSignal() as stop:
         while run.epoch < args.epochs and not stop.asked:
-            started = time.monotonic()
+            started, trouble = time.monotonic(), ''
             if run.position == 0:
                 run.order = torch.randperm(len(train_split), generator=run.generator, device=args.device)
-                run.sums.zero_()
+                run.sums, run.checked = torch.zeros_like(run.sums), torch.zeros_like(run.sums)
             for batch in run.order.split(args.batch_size)[run.position:updates]:  # (B,) positions in the training split
                 set_learning_rate(run, updates)
                 run.sums += update(run, *train_split.batch(batch))
                 run.position += 1
-                show_progress(bar, run)
-                if stop.asked:
+                bar.update()
+                if stop.asked or run.position % CHECK_EVERY == 0 or run.position == updates:
+                    trouble = check(run, bar)
+                if stop.asked or trouble or run.position % SAVE_EVERY == 0:
                     break
             run.seconds += time.monotonic() - started
-            if run.position == updates:
+            if trouble:
+                recover(run, trouble)
+                bar.n = run.epoch * updates + run.position
+            elif run.position == updates:
                 finish_epoch(run, data, val_split)
             save_run(run, data)
     return stop.status
@@ -221,19 +231,49 @@ def set_learning_rate(run, updates):
     """A linear warm-up over the first updates, then a factor --lr-decay an epoch."""
     warmup = min(1., (run.epoch * updates + run.position + 1) / run.args.warmup)
     for group in run.optimizer.param_groups:
-        group['lr'] = run.args.lr * warmup * run.args.lr_decay ** run.epoch
+        group['lr'] = run.args.lr * warmup * run.args.lr_decay ** run.epoch * RETREAT ** run.trips
 
 
-def show_progress(bar, run):
-    """Move the bar; every tenth update also its numbers, since reading them makes the CPU wait for a GPU."""
-    bar.update()
-    if run.position % 10 == 0:
-        means = dict(zip(AVERAGES, (run.sums / run.position).tolist()))
-        if not all(map(math.isfinite, means.values())):
-            raise FloatingPointError(f'the loss is no longer finite in epoch {run.epoch + 1}; {run.args.out / "last.pt"} is '
-                                     'as it was before; start anew with a lower --lr or --step-size')
-        accuracy = f' accuracy {means["train_accuracy"]:.3f}' if run.args.model == 'jem' else ''
-        bar.set_postfix_str(f'epoch {run.epoch + 1} gap {run.gap.item():+.2f}{accuracy}', False)
+# --- the guard: what to do when training diverges -----------------------------------------------------------------------
+
+CHECK_EVERY = 10  # updates; reading numbers makes the CPU wait for a GPU, so not every time
+SAVE_EVERY = 500  # updates, and at the end of an epoch: what a trip, or a machine that is switched off, costs at most
+RETREAT = .3  # factor on the learning rate after each trip
+MOST_TRIPS = 6  # a rate of .3 ** 6, a thousandth of the wanted one, has not helped either
+
+
+def check(run, bar):
+    """Show the numbers of the last updates, and look for divergence in them: returns what is wrong, or ''."""
+    since = run.position - (run.position - 1) // CHECK_EVERY * CHECK_EVERY  # updates since the last regular look
+    now = dict(zip(AVERAGES, ((run.sums - run.checked) / since).tolist()))
+    accuracy = f' accuracy {now["train_accuracy"]:.3f}' if run.args.model == 'jem' else ''
+    bar.set_postfix_str(f'epoch {run.epoch + 1} gap {now["loss_px"]:+.2f}{accuracy}', False)
+    usual = np.median(run.norms) if len(run.norms) >= 20 else math.inf
+    if run.position % CHECK_EVERY == 0:
+        run.checked, run.norms = run.sums.clone(), [*run.norms[-99:], now['grad_norm']]
+    signs = {'a number is not finite': not all(map(math.isfinite, now.values())),
+             'the energy gap nears its bound 1/alpha': abs(now['loss_px']) * run.args.alpha > .5,
+             'chains stick to the limits of the pixel values': now['saturated'] > .5,
+             'the gradient is 20 times as long as usual': now['grad_norm'] > 20 * usual}
+    watched = signs if run.args.guard else [*signs][:1]  # without the guard a run may do anything but end in NaN
+    return next((sign for sign in watched if signs[sign]), '')
+
+
+def recover(run, reason):
+    """Go back to last.pt, saved when all was well, with other random numbers, a smaller rate, and fresh chains for any
+    that are broken."""
+    event = f'{reason} (epoch {run.epoch + 1}, update {run.position})'
+    if run.trips == MOST_TRIPS or not run.args.guard:
+        write_csv([*run.rows, {'epoch': run.epoch + 1, 'event': f'stopped: {event}'}], COLUMNS, run.args.out / 'log.csv')
+        raise FloatingPointError(f'--lr {run.args.lr:g}: training diverged, trip {run.trips + 1}: {event}; the state '
+                                 f'before that is in {run.args.out / "last.pt"}; start anew with a lower --lr, or with the '
+                                 'defaults of --matching, --slope, --step-size and --noise')
+    kept = {'trips': run.trips + 1, 'events': [*run.events, event], 'seconds': run.seconds,
+            'generator': run.generator.get_state()}
+    run.load_state_dict({**read_checkpoint(run.args.out / 'last.pt')['run'], **kept})
+    run.reservoir.mend(run.generator)
+    tqdm.write(f'guard: {event}; back to epoch {run.epoch + 1}, update {run.position}, with a learning rate '
+               f'{RETREAT ** run.trips:.2g} times as high')
 
 
 # --- validation, logging, saving ----------------------------------------------------------------------------------------
@@ -264,8 +304,8 @@ def validate(run, split):
 def finish_epoch(run, data, val_split):
     """Validate the averaged weights, write the log, the curves and now and then samples, and keep the best checkpoint."""
     args, scores = run.args, validate(run, val_split)
-    row = {**dict(zip(AVERAGES, (run.sums / run.position).tolist())), **scores, 'event': ''}
-    run.epoch, run.position = run.epoch + 1, 0
+    row = {**dict(zip(AVERAGES, (run.sums / run.position).tolist())), **scores, 'event': '; '.join(run.events)}
+    run.epoch, run.position, run.events = run.epoch + 1, 0, []
     row.update(epoch=run.epoch, step=run.epoch * (len(data.train) // args.batch_size), seconds=run.seconds,
                lr=run.optimizer.param_groups[0]['lr'])
     run.rows.append(row)
@@ -392,6 +432,8 @@ def build_parser():
     group.add_argument('--clip-norm', type=real(0), default=10., help='longest gradient of the weights')
     group.add_argument('--ema', type=real(0, 1), default=.99, help='of the averaged weights, which are validated and saved')
     group.add_argument('--data-noise', type=real(0), default=.03, help='standard deviation of the noise on data and samples')
+    group.add_argument('--guard', action=argparse.BooleanOptionalAction, default=True,
+                       help='on divergence go back to last.pt with a lower rate; --no-guard lets you watch')
     group.add_argument('--picture-every', type=whole(1), default=5, help='epochs between two pictures of samples and curves')
 
     group = parser.add_argument_group('sampling')
