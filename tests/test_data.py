@@ -49,31 +49,6 @@ def test_course_folder(glyphs):
     assert x.min() >= -1 and x.max() <= 1
 
 
-@pytest.mark.parametrize('damage, word', [('missing', 'No such file'), ('one array', 'then integer labels'),
-                                          ('cut', 'not readable'), ('objects', 'not readable'), ('floats', 'labels must be'),
-                                          ('negative', 'labels must be'), ('short', 'labels must be'), ('nan', 'finite'),
-                                          ('empty', 'finite')])
-def test_damaged_course_files_are_told(glyphs, tmp_path, damage, word):
-    """Each damage is a DataError that names the file."""
-    for file in glyphs.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    images, labels = np.random.rand(6, 20, 20), np.arange(6) % 3
-    arrays = {'one array': [images], 'objects': [images.astype(object), labels], 'floats': [images, labels / 2],
-              'negative': [images, labels - 1], 'short': [images, labels[:5]], 'nan': [images * np.nan, labels],
-              'empty': [images[:0], labels[:0]]}.get(damage)
-    path = tmp_path / 'val.npy'
-    if damage == 'missing':
-        path.unlink()
-    elif damage == 'cut':
-        path.write_bytes(path.read_bytes()[:300])
-    else:
-        with open(path, 'wb') as file:
-            for array in arrays:
-                np.save(file, array)
-    with pytest.raises(DataError, match=f'val.npy.*{word}'):
-        load_data(str(tmp_path), 16)
-
-
 def test_class_folder_is_split_70_15_15(tmp_path):
     """One level of class folders: stratified, the same for the same seed, every image in one split only."""
     random = np.random.default_rng(0)
