@@ -205,8 +205,8 @@ def load_folder(folder, image_size, seed):
         sets = [datasets.ImageFolder(part, loader=read_image) for part in parts]
         images = [torch.cat([prepare(image[None], image_size) for image, _ in part]) for part in sets]  # (N, 3, size, size)
     except OSError as error:  # torchvision's own words name the folder, the class or the file
-        raise DataError(f'--data {folder}: {error}; give every class a folder with images, in each of train, val and test '
-                        'where there are such') from error
+        raise DataError(f'--data {folder}: {error}; give every class a folder with images that may be read, in each of '
+                        'train, val and test where there are such') from error
     if any(part.classes != sets[0].classes for part in sets):
         raise DataError(f'--data {folder}: train, val and test must hold the same class folders')
     if all((part[:, :1] == part).all() for part in images):

@@ -276,16 +276,20 @@ def test_class_folders(damage, desk, capsys):
     check('train --data LETTERS --batch-size 4', answer, desk, capsys)
 
 
-@pytest.mark.parametrize('command, folder', [
-    ('train --data LETTERS', 'LETTERS/b'), ('train --data GLYPHS --out run', 'run'),
-    ('generate --ckpt run/best.pt --out new', '.'), ('train --data letterpress --data-root LETTERS', 'LETTERS')])
-def test_folders_without_permission(command, folder, desk, capsys):
-    """A folder that may not be read, or not be written into, is named."""
-    (desk / folder).chmod(0o100)
-    if os.access(desk / folder, os.R_OK):
+@pytest.mark.parametrize('folder, mode, command, answer', [
+    ('LETTERS/b', 0o100, 'train --data LETTERS', 'LETTERS ... classes b ... images that may be read'),
+    ('GLYPHS/val.npy', 0o200, 'train --data GLYPHS', 'GLYPHS/val.npy: ... Permission denied'),
+    ('LETTERS', 0o500, 'train --data letterpress --data-root LETTERS', 'LETTERS/letterpress ... cannot be written'),
+    ('.', 0o500, 'train --data GLYPHS --out new', 'cannot be written ... name another folder'),
+    ('.', 0o500, 'generate --ckpt run/best.pt --out new', 'cannot be written into; name another folder'),
+    ('.', 0o500, 'ood --ckpt run/best.pt', 'cannot be written into; name another folder')])
+def test_without_permission(folder, mode, command, answer, desk, capsys):
+    """What may not be read or not be written into is named."""
+    (desk / folder).chmod(mode)
+    if os.access(desk / folder, os.R_OK | os.W_OK):
         pytest.skip('the administrator may read and write everything: run as another user')
     try:
-        check(command, str(desk / folder) if folder != '.' else 'cannot be written into', desk, capsys)
+        check(command, answer, desk, capsys)
     finally:
         (desk / folder).chmod(0o700)
 
