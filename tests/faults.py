@@ -1,7 +1,7 @@
 """Break training on purpose and see that nothing is lost. Not part of the tests, since it takes minutes:
 
     python tests/faults.py                  all of it
-    python tests/faults.py --kills 50       as many SIGKILLs at random moments, and half as many inside of a write
+    python tests/faults.py --kills 50       as many SIGKILLs at random moments, and fewer of the other faults
     python tests/faults.py --only memory    one part: kills, writes, disk, cuts, memory
 
 Every fault ends with a resumed run, whose last.pt, best.pt, log.csv (but for its clock) and pictures must be those of a run
@@ -26,6 +26,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts stand beside this folder
 
@@ -115,34 +116,52 @@ def refused(status, lines, name):
 
 # --- the faults -----------------------------------------------------------------------------------------------------------
 
+def endure(folder, count, live):
+    """Break a run `count` times, resuming it in between: `live(out)` begins or goes on with the run in `out`, breaks it, and
+    returns its exit status. A run that gets through is compared and begun anew; the last one is left in peace to finish."""
+    out, broken, finished, unlike = folder / 'run', 0, 0, 0
+    with tqdm(total=count, unit='fault') as bar:
+        while bar.n < count or out.exists():
+            status = live(out) if bar.n < count else finish(train.main, training(out), folder / 'log')[0]
+            broken += len(unreadable(out))
+            if status:
+                bar.update()
+            else:
+                finished, unlike = finished + 1, unlike + (not equal(folder / 'whole', out))
+                shutil.rmtree(out)
+    return f'{broken} unreadable files', f'{unlike} of {finished} runs differ'
+
+
+def must_be(status, allowed, folder):
+    """Anything but a fault of ours is a mistake in the program."""
+    if status not in allowed:
+        raise SystemExit(f'exit status {status}: {(folder / "log").read_text()}')
+    return status
+
+
 def kills(folder, count, dice):
-    """SIGKILL at random moments, each followed by --resume; a run that gets through is compared and begun anew."""
+    """SIGKILL at random moments."""
     began = time.monotonic()
     finish(train.main, training(folder / 'whole'), folder / 'log')
     span = 2 * (time.monotonic() - began) / EPOCHS  # a life lasts about an epoch
-    killed = broken = finished = unlike = 0
-    out = folder / 'killed'
-    while killed < count or out.exists():
+
+    def live(out):
         process = start(train.main, training(out), folder / 'log')
-        if killed < count:
-            process.join(dice.uniform(0, span))
-            process.kill()
+        process.join(dice.uniform(0, span))
+        process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
-        broken += len(unreadable(out))
-        if process.exitcode == 0:
-            finished, unlike = finished + 1, unlike + (not equal(folder / 'whole', out))
-            shutil.rmtree(out)
-        elif process.exitcode != -signal.SIGKILL:
-            raise SystemExit(f'exit status {process.exitcode}: {(folder / "log").read_text()}')
-    return f'{killed} SIGKILLs at random moments', f'{broken} unreadable files', f'{unlike} of {finished} runs differ'
+        return must_be(process.exitcode, (0, -signal.SIGKILL), folder)
+
+    return f'{count} SIGKILLs at random moments', *endure(folder, count, live)
 
 
 def writes(folder, count, dice):
     """SIGKILL inside of a write: before or after a random fsync or replace, where a moment drawn at random seldom falls."""
-    broken = unlike = left = 0
-    for _ in range(count):
-        out, calls, last, after = folder / 'write', itertools.count(), dice.randrange(60), dice.random() < .5
+    left = 0
+
+    def live(out):
+        nonlocal left
+        calls, last, after = itertools.count(), dice.randrange(25), dice.random() < .5
 
         def deadly(call):
             def inner(*arguments):
@@ -157,50 +176,53 @@ def writes(folder, count, dice):
         def prepare():
             os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
 
-        status, lines = finish(train.main, training(out), folder / 'log', prepare)
-        broken += len(unreadable(out))
+        status, _ = finish(train.main, training(out), folder / 'log', prepare)
         left += len(list(out.rglob('.*')))
-        if status == -signal.SIGKILL:
-            status, lines = finish(train.main, training(out), folder / 'log')
-        unlike += status != 0 or not equal(folder / 'whole', out)
-        shutil.rmtree(out)
-    return (f'{count} SIGKILLs inside of a write', f'{broken} unreadable files',
-            f'{unlike} of {count} runs differ; {left} temporary files left')
+        for path in out.rglob('.*'):
+            path.unlink()
+        return must_be(status, (0, -signal.SIGKILL), folder)
+
+    found, resumed = endure(folder, count, live)
+    return f'{count} SIGKILLs inside of a write', f'{found}, {left} temporary ones left', resumed
 
 
 @contextlib.contextmanager
-def small_disk(folder, size):
-    """A folder on a disk of `size` bytes, if we may mount one, and what a process must call where we may not."""
-    folder.mkdir(exist_ok=True)
-    mount = ['mount', '-t', 'tmpfs', '-o', f'size={size}', 'none', folder]
+def small_disk(folder, room):
+    """Let `folder` have `room` bytes of disk left: on a tmpfs where we may mount one, else by a limit on the size of files.
+    Gives what a process must call first, and what kind of disk it is."""
+    content = folder.with_name('content')
+    shutil.copytree(folder, content)
+    used = sum(4096 + path.stat().st_size for path in content.rglob('*'))
+    mount = ['mount', '-t', 'tmpfs', '-o', f'size={used + room}', 'none', folder]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
     try:
-        yield 'a full disk' if mounted else 'a limit on the size of files', lambda: mounted or resource.setrlimit(
-            resource.RLIMIT_FSIZE, (size // 3, resource.RLIM_INFINITY))
+        shutil.copytree(content, folder, dirs_exist_ok=True)
+        yield (lambda: mounted or resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY)),
+               'a full disk (tmpfs)' if mounted else 'a limit on the size of files')
+        shutil.rmtree(content)
+        shutil.copytree(folder, content)
     finally:
         if mounted:
             subprocess.run(['umount', folder])
+    shutil.rmtree(folder)
+    content.rename(folder)
 
 
 def disk(folder, count, dice):
-    """Disks on which there is room for some of the run's files: those that are there stay whole, and one line is said."""
-    need = sum(path.stat().st_size for path in (folder / 'whole').rglob('*') if path.is_file())
-    broken = silent = unlike = stopped = 0
-    for _ in range(count):
-        size = int(need * dice.uniform(.3, 1.6))
-        with small_disk(folder / 'disk', size) as (how, prepare):
-            status, lines = finish(train.main, training(folder / 'disk'), folder / 'log', prepare)
-            broken += len(unreadable(folder / 'disk'))
-            if status:
-                stopped += 1
-                silent += status != 2 or 'cannot be written' not in lines[-1] or any('Traceback' in line for line in lines)
-            shutil.copytree(folder / 'disk', folder / 'more room')
-        finish(train.main, training(folder / 'more room'), folder / 'log')
-        unlike += not equal(folder / 'whole', folder / 'more room')
-        shutil.rmtree(folder / 'more room')
-        shutil.rmtree(folder / 'disk', ignore_errors=True)
-    return (f'{stopped} times {how}, in {count} runs', f'{broken} unreadable files, {silent} without their line',
-            f'{unlike} of {count} runs differ')
+    """Disks with too little room for the run's next files: those that are there stay whole, and one line is said."""
+    largest, said = (folder / 'whole/last.pt').stat().st_size, set()
+
+    def live(out):
+        out.mkdir(exist_ok=True)
+        with small_disk(out, dice.randrange(2 * largest)) as (prepare, how):
+            status, lines = finish(train.main, training(out), folder / 'log', prepare)
+        said.add(how)
+        if status and ('cannot be written' not in lines[-1] or any('Traceback' in line for line in lines)):
+            must_be(status, (), folder)
+        return must_be(status, (0, 2), folder)
+
+    found, resumed = endure(folder, count, live)
+    return f'{count} times {", ".join(said)}', found, resumed
 
 
 def cuts(folder, count, dice):
@@ -280,7 +302,7 @@ def main():
     parser.add_argument('--only', choices=list(PARTS))
     parser.add_argument('--seed', type=int, default=0, help='of the moments, sizes and lengths')
     args = parser.parse_args()
-    times = {'kills': args.kills, 'writes': args.kills // 2, 'disk': 10, 'cuts': 40, 'memory': 1}
+    times = {'kills': args.kills, 'writes': args.kills // 2, 'disk': args.kills // 5, 'cuts': args.kills, 'memory': 1}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         if args.only in ('writes', 'disk', 'cuts'):
