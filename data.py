@@ -15,7 +15,6 @@ import contextlib
 import csv
 import io
 import os
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,9 +136,9 @@ def split_stratified(images, labels, class_names, seed, name):
     """Split 70/15/15 at random into train, val and test, each class in the same shares."""
     labels = np.asarray(labels)
     counts = np.bincount(labels, minlength=len(class_names))
-    if len(counts) < 2 or counts.min() < 8:
+    if counts.min() < 8:
         raise DataError(f'--data {name}: class {class_names[counts.argmin()]!r} has {counts.min()} images; a split into '
-                        'train, val and test needs two classes or more, of at least 8; add images or take the class out')
+                        'train, val and test needs 8 of each; add images or take the class out')
     rest, test = train_test_split(np.arange(len(labels)), test_size=.15, stratify=labels, random_state=seed)
     train, val = train_test_split(rest, test_size=len(test), stratify=labels[rest], random_state=seed)
     return Data(*(Split(images[part], torch.from_numpy(labels[part]).long()) for part in (train, val, test)), class_names)
@@ -156,7 +155,12 @@ def load_glyphs(folder, image_size):
     Class names come from `classes.txt` in the folder or NAME_classes.txt beside it, one a line; else they are numbers.
     """
     arrays = {stem: read_arrays(folder / f'{stem}.npy', labelled=True) for stem in ('train', 'val', 'test')}
-    num_classes = 1 + max(int(labels.max()) for _, labels in arrays.values())
+    known = arrays['train'][1].unique()
+    num_classes = len(known)
+    for stem, (_, labels) in arrays.items():
+        if not torch.isin(labels, known).all() or labels.max() >= num_classes:
+            raise DataError(f'{folder / stem}.npy: labels up to {labels.max()}, but {num_classes} classes in train.npy; '
+                            'number them 0, 1, ... without a gap, each of them in train.npy too')
     names = [str(label) for label in range(num_classes)]
     for file in (folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'):
         if file.exists():
@@ -173,16 +177,19 @@ def load_glyphs(folder, image_size):
 
 def read_arrays(path, labelled):
     """Images (N, 1, H, W), and labels int64 (N,) or None, from the arrays that np.save wrote to `path`, no pickles."""
+    wanted = 'images (N, H, W), then integer labels (N,)' if labelled else 'one array of images (N, H, W)'
     try:
         with open(path, 'rb') as file:
-            images = np.load(file, allow_pickle=False)[:, None]  # (N, H, W) -> (N, 1, H, W)
+            images = np.load(file, allow_pickle=False)
             labels = np.load(file, allow_pickle=False) if labelled else None
-            images = torch.from_numpy(images.astype(np.float32))
-    except (OSError, EOFError, ValueError, TypeError, IndexError, zipfile.BadZipFile) as error:
-        wanted = 'images (N, H, W), then integer labels (N,)' if labelled else 'one array of images (N, H, W)'
+            numbers = images.dtype.kind in 'biuf' and images.ndim == 3 and images.size
+    except Exception as error:  # numpy raises whatever the damage makes it raise
         raise DataError(f'{path}: not readable as {wanted}, each written by np.save ({error})') from error
-    if images.ndim != 4 or 0 in images.shape or not torch.isfinite(images).all():
-        raise DataError(f'{path}: images must be finite numbers (N, H, W); these are {tuple(images[:, 0].shape)}')
+    with np.errstate(over='ignore'):  # what is too large for float32 becomes infinite, and is told
+        images = torch.from_numpy(images.astype(np.float32))[:, None] if numbers else images  # (N, H, W) -> (N, 1, H, W)
+    if not numbers or not (images.max() - images.min()).isfinite():
+        raise DataError(f'{path}: images must be finite real numbers; write {wanted}; these are {images.dtype} '
+                        f'{tuple(images.shape)}')
     if labels is None:
         return images, None
     if labels.shape != images.shape[:1] or labels.dtype.kind not in 'iu' or labels.min() < 0 or labels.max() >= len(labels):
@@ -198,7 +205,8 @@ def load_folder(folder, image_size, seed):
         sets = [datasets.ImageFolder(part, loader=read_image) for part in parts]
         images = [torch.cat([prepare(image[None], image_size) for image, _ in part]) for part in sets]  # (N, 3, size, size)
     except OSError as error:  # torchvision's own words name the folder, the class or the file
-        raise DataError(f'--data {folder}: {error}') from error
+        raise DataError(f'--data {folder}: {error}; give every class a folder with images that may be read, in each of '
+                        'train, val and test where there are such') from error
     if any(part.classes != sets[0].classes for part in sets):
         raise DataError(f'--data {folder}: train, val and test must hold the same class folders')
     if all((part[:, :1] == part).all() for part in images):
@@ -214,7 +222,10 @@ def read_image(path):
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
             if image.mode[0] in 'IF':
-                return torch.from_numpy(np.array(image, dtype=np.float32)).expand(3, -1, -1)  # (H, W) -> (3, H, W)
+                levels = torch.from_numpy(np.array(image, dtype=np.float32))  # (H, W)
+                if not (levels.max() - levels.min()).isfinite():
+                    raise ValueError('not all of its values are finite numbers')
+                return levels.expand(3, -1, -1)  # (H, W) -> (3, H, W)
             image = image.convert('RGBA')
             paper = Image.new('RGBA', image.size, 'white')
             return TF.pil_to_tensor(Image.alpha_composite(paper, image).convert('RGB'))  # (3, H, W)
@@ -251,10 +262,10 @@ def read_torchvision(dataset, name, image_size, data_root, arguments):
     """Prepared images (N, C, size, size), labels (N,) and class names of one part, downloaded if it is not there yet."""
     try:
         part = dataset(data_root, **arguments, download=False)
-    except (RuntimeError, ValueError, OSError):  # missing or damaged
+    except Exception:  # missing or damaged: torchvision raises whatever the bytes make it raise
         try:
             part = dataset(data_root, **arguments, download=True)
-        except (RuntimeError, ValueError, OSError) as error:
+        except Exception as error:
             raise DataError(f'--data {name}: missing or damaged under --data-root {data_root}, and not to be downloaded '
                             f'({" ".join(str(error).split())}); name its folder, or remove what is broken') from error
     if hasattr(part, 'data'):
@@ -434,8 +445,8 @@ def load_letterpress(image_size, data_root, seed):
             arrays = {key: torch.from_numpy(cache[key])
                       for key in (*parts, *(f'{part}_labels' for part in parts), 'clutter', 'ligatures')}
     except Exception:  # zipfile and numpy raise whatever the damage makes them raise
-        arrays = render_letterpress(seed)
-        with atomic_write(path) as file:
+        with atomic_write(path) as file:  # opened first: a folder that cannot be written is told before the work
+            arrays = render_letterpress(seed)
             np.savez(file, **{key: array.numpy() for key, array in arrays.items()})
     splits = [Split(prepare(arrays[part], image_size), arrays[f'{part}_labels']) for part in parts]
     return Data(*splits, list(PRINTS), {key: prepare(arrays[key], image_size) for key in ('clutter', 'ligatures')})
@@ -464,30 +475,37 @@ def load_ood(name, data, seed=0):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open `path` for binary writing so that it is replaced as a whole, or, on any error, left as it was."""
+    """Open `path` for binary writing so that it is replaced as a whole, or, on any error, left as it was.
+
+    Raises:
+        OSError: the disk is full or the folder cannot be written, with the file and the way out in its message.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, 'wb') as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(f'{path}: cannot be written ({error.strerror or error}); make room there, or name another folder; '
+                      'the file that was there before, if any, is whole') from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # nothing to take away
+            temporary.unlink()
 
 
 def write_csv(rows, columns, path):
     """Write a list of dictionaries as a CSV file with these columns; floats get six digits."""
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()}
+                     for row in rows)
     with atomic_write(path) as file:
-        text = io.TextIOWrapper(file, newline='')
-        writer = csv.DictWriter(text, columns)
-        writer.writeheader()
-        writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value for key, value in row.items()}
-                         for row in rows)
-        text.flush()
-        text.detach()  # the file stays open for atomic_write
+        file.write(text.getvalue().encode())
 
 
 def save_figure(figure, path):

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from data import atomic_write, save_grid
-from model import CommandLine, fail, load_model, mistakes_told, real, whole
+from model import CommandLine, fail, folder, load_model, mistakes_told, real, whole
 from sampler import prior, sgld
 
 
@@ -116,11 +116,11 @@ def parse_args(argv=None):
     parser.add_argument('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     parser.add_argument('--mode', choices=list(MODES), default='samples', help='what to draw')
     parser.add_argument('--classes', nargs='+', metavar='CLASS', help='names or numbers of classes, for E(x, y)')
-    parser.add_argument('--count', type=whole(1), default=8, help='samples a class, or rows of eight; or chains')
+    parser.add_argument('--count', type=whole(1, 10_000), default=8, help='samples a class, or rows of eight; or chains')
     parser.add_argument('--steps', type=whole(1), default=256, help='SGLD steps')
-    parser.add_argument('--step-size', type=real(0), help='instead of the checkpoint\'s own')
+    parser.add_argument('--step-size', type=real(1e-9), help='instead of the checkpoint\'s own')
     parser.add_argument('--noise', type=real(0), help='instead of the checkpoint\'s own')
-    parser.add_argument('--out', type=Path, default='.', help='folder to write into')
+    parser.add_argument('--out', type=folder, default='.', help='folder to write into')
     parser.add_shared_arguments()
     return parser.parse_args(argv)
 

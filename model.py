@@ -11,10 +11,12 @@ Low energy = likely = in-distribution. With K = 1 the same class is a plain ener
 """
 import argparse
 import contextlib
+import io
 import math
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -100,7 +102,7 @@ class CommandLine(argparse.ArgumentParser):
 
 def fail(error):
     """Tell a user's mistake in one line and leave with exit status 2."""
-    print(f'{Path(sys.argv[0]).name}: {error}', file=sys.stderr)
+    print(f'{Path(sys.argv[0]).name}: {" ".join(str(error).split())}', file=sys.stderr)
     sys.exit(2)
 
 
@@ -111,6 +113,10 @@ def mistakes_told(*errors):
         yield
     except (CheckpointError, OSError, *errors) as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not re.search('out of memory|allocate|Storage size', str(error)):  # a bare RuntimeError, where it is the CPU's
+            raise
+        fail('not enough memory; make --batch-size, --image-size, --width, --reservoir or --count smaller')
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -145,6 +151,17 @@ def real(low, high=float('inf')):
     return parse
 
 
+def folder(text):
+    """argparse type: a folder to write into, there already or to be made."""
+    path = Path(text)
+    there = next(parent for parent in (path.resolve(), *path.resolve().parents) if os.path.exists(parent))
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f'{there} is a file; name a folder')
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f'{there} cannot be written into; name another folder')
+    return path
+
+
 def device(text):
     """argparse type: 'auto', 'cpu', 'cuda[:n]' or 'mps', and it must be there."""
     match = re.fullmatch(r'auto|cpu|mps|cuda(?::(\d+))?', text)
@@ -175,7 +192,9 @@ def choose_precision(text, device):
 
 def save_checkpoint(file, model, **facts):
     """Write a checkpoint to an open binary file: the weights, what rebuilds the network, and `facts` (plain values)."""
-    torch.save({'format': FORMAT, 'settings': model.settings, 'weights': model.state_dict(), **facts}, file)
+    buffer = io.BytesIO()  # a disk that is full, or Ctrl-C, would be an obscure RuntimeError in the middle of torch.save
+    torch.save({'format': FORMAT, 'settings': model.settings, 'weights': model.state_dict(), **facts}, buffer)
+    file.write(buffer.getbuffer())
 
 
 def read_checkpoint(path):
@@ -185,11 +204,14 @@ def read_checkpoint(path):
         CheckpointError: the file is missing, damaged, or no checkpoint of this project.
     """
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')  # of pickles by other programs, which are refused anyway
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:  # torch.load raises whatever the bytes make it raise
         reason = 'no such file' if not os.path.exists(path) else 'it cannot be read as one'
         raise CheckpointError(f'{path}: not a checkpoint: {reason}; train one with python train.py') from error
-    if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
+    ours = isinstance(checkpoint, dict) and {'format', 'settings', 'weights'} <= checkpoint.keys()
+    if not ours or checkpoint['format'] != FORMAT:
         raise CheckpointError(f'{path}: written by another program or version; train one with python train.py')
     return checkpoint
 
@@ -200,6 +222,8 @@ def load_model(path, device, precision):
     try:
         model = EnergyModel(**checkpoint['settings'], precision=precision)
         model.load_state_dict(checkpoint['weights'])
-    except (RuntimeError, KeyError, TypeError) as error:
-        raise CheckpointError(f'{path}: its weights do not fit its settings; the file is damaged') from error
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'{path}: its weights do not fit its settings; the file is damaged, train anew') from error
+    if not all(weight.isfinite().all() for weight in model.parameters()):
+        raise CheckpointError(f'{path}: its weights are not finite; the training diverged, train anew with a lower --lr')
     return model.to(device).eval().requires_grad_(False), checkpoint

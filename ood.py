@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from tqdm import tqdm
 
 from data import DataError, load_data, load_ood, save_figure, to_float, write_csv
-from model import CheckpointError, CommandLine, load_model, mistakes_told
+from model import CheckpointError, CommandLine, folder, load_model, mistakes_told
 
 COLUMNS = ['set', 'score', 'auroc', 'auroc_low', 'auroc_high', 'aupr', 'fpr95', 'n_id', 'n_ood']
 
@@ -80,7 +80,7 @@ def parse_args(argv=None):
     parser.add_argument('--ood', nargs='+', metavar='NAME', help='OOD sets, see data.py; the default is all there are')
     parser.add_argument('--data', help='the checkpoint\'s data, where they lie elsewhere now')
     parser.add_argument('--data-root', type=Path, help='folder of downloads and of rendered letterpress, as in the training')
-    parser.add_argument('--out', type=Path, default='.', help='folder to write into')
+    parser.add_argument('--out', type=folder, default='.', help='folder to write into')
     parser.add_shared_arguments()
     return parser.parse_args(argv)
 
