@@ -238,8 +238,8 @@ def load_images(path, image_size, channels):
     if not files:
         raise DataError(f'{path}: no images here ({", ".join(datasets.folder.IMG_EXTENSIONS)}), and it is no .npy array')
     with tqdm(files, f'reading {path}', unit='image', leave=False) as bar:
-        images = [prepare(match_channels(read_image(file)[None], channels), image_size) for file in bar]  # (1, C, size, size)
-    return torch.cat(images), [str(file) for file in files]
+        images = [prepare(match_channels(read_image(file)[None], channels), image_size) for file in bar]
+    return torch.cat(images), [str(file) for file in files]  # N times (1, C, size, size) -> (N, C, size, size)
 
 
 def read_image(path):

@@ -2,15 +2,15 @@
 
     python ood.py --ckpt best.pt                           every score on every OOD set there is for the data
     python ood.py --ckpt best.pt --ood ligatures my/scans  these sets: names (see data.py), .npy files, folders of images
-    python ood.py --ckpt best.pt --baseline plain/best.pt  also what a plain classifier (train.py --px-weight 0) sees in them
-    python ood.py --ckpt best.pt --judge my/scans          no report, but a verdict on each image of a file or folder
+    python ood.py --ckpt best.pt --baseline plain/best.pt  also the scores of a plain classifier (train.py --px-weight 0)
+    python ood.py --ckpt best.pt --judge my/scans          no report, but a verdict on each image: judge.csv
     python ood.py --ckpt best.pt --trust                   also calibration, PGD attacks, distal adversaries: slow
 
 The test split of the checkpoint's own data is in-distribution, label 0; OOD is label 1, and a score is higher for what is
-more OOD. All sets come prepared in one way from data.py, see `load_ood` there. The report is a table and, in --out, ood.csv
-(a row a set and score), ood.png (histograms of the energy), roc.png, typical.png (the most and least typical images of each
-set: look there first) and threshold.json, the energy that keeps 95 % of the validation data. --judge writes judge.csv;
---trust writes trust.csv, calibration.png, robustness.png and distal.png.
+more OOD. How data.py keeps sets from being told by their handling: see `load_ood`. Writes a table and, into --out, ood.csv
+(a row a set and score), ood.png (histograms of the energy), roc.png, typical.png (the most and least typical images of
+each set: look there first) and threshold.json, the energy that keeps 95 % of the validation data; --trust adds trust.csv,
+calibration.png, robustness.png and distal.png.
 """
 import hashlib
 import json
@@ -23,8 +23,8 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from tqdm import tqdm
 
-from data import DataError, atomic_write, load_data, load_images, load_ood, ood_names, save_figure, save_grid, to_float, \
-    write_csv
+from data import (DataError, atomic_write, load_data, load_images, load_ood, ood_names, save_figure, save_grid, to_float,
+                  write_csv)
 from model import CheckpointError, CommandLine, fail, load_model, mistakes_told, whole
 from sampler import prior, sgld
 
@@ -37,11 +37,7 @@ BATCH = 256  # images at a time: with gradients about 100 MB at 56x56
 
 @torch.no_grad()
 def get_logits(model, images, device):
-    """f(x)[y] of uint8 images (N, C, H, W), as float64 (N, K) on the CPU.
-
-    Raises:
-        CheckpointError: they are not finite.
-    """
+    """f(x)[y] of uint8 images (N, C, H, W), as float64 (N, K) on the CPU; a CheckpointError if they are not finite."""
     logits = torch.cat([model.get_logits(to_float(part.to(device))).cpu() for part in images.split(BATCH)])  # (N, K)
     if not logits.isfinite().all():
         raise CheckpointError('--ckpt: its energies are not finite; the training diverged, train anew with a lower --lr')
@@ -49,8 +45,8 @@ def get_logits(model, images, device):
 
 
 def gradient_norms(model, images, device):
-    """||dE/dx||_2 of uint8 images (N, C, H, W), as float64 (N,): JEM's approximate mass with the sign turned (section
-    5.3). A likely image lies in a flat valley of the energy; a typical point of the data has a small gradient."""
+    """||dE/dx||_2 of uint8 images (N, C, H, W), as float64 (N,): JEM's approximate mass (section 5.3), the sign turned. A
+    typical image has others like it around, so the energy is flat there."""
     norms = []
     for part in images.split(BATCH):
         x = to_float(part.to(device)).requires_grad_()  # (B, C, H, W)
@@ -86,15 +82,12 @@ def all_scores(model, baseline, images, device):
 # --- metrics ------------------------------------------------------------------------------------------------------------
 
 def detection(score_id, score_ood, seed=0, resamples=1000):
-    """How well a score tells OOD (label 1) from in-distribution (label 0) inputs; ties count half.
-
-    Args:
-        score_id, score_ood: numpy (n_id,) and (n_ood,). If one is empty nothing can be told, and all metrics are nan.
+    """How well a score tells OOD (label 1) from in-distribution (label 0) inputs: numpy (n_ood,) and (n_id,).
 
     Returns:
-        AUROC with its 95 % bootstrap interval (both sets resampled with replacement), the area under the
-        precision-recall curve with OOD as the positive class, and the false-positive rate at the first threshold that
-        finds at least 95 % of the OOD inputs.
+        AUROC (ties count half) with its 95 % bootstrap interval (both sets resampled with replacement), the area under
+        the precision-recall curve with OOD as the positive class, and the false-positive rate at the first threshold
+        that finds at least 95 % of the OOD inputs. All nan if one of the sets is empty.
     """
     counts = {'n_id': len(score_id), 'n_ood': len(score_ood)}
     if not all(counts.values()):
@@ -130,30 +123,29 @@ def find_threshold(energy):
     return float(np.quantile(energy, KEEP, method='inverted_cdf'))
 
 
-def identify(args):
-    """What a threshold belongs to: this checkpoint file, in this precision."""
-    return {'checkpoint': hashlib.sha256(args.ckpt.read_bytes()).hexdigest(), 'precision': args.precision}
+def store_threshold(energy, rejected, args):
+    """Write threshold.json, with the share of each set above it; returns the threshold of these validation energies (N,)."""
+    stored = {'energy': find_threshold(energy), 'keeps': KEEP, 'rejected': rejected, **identify(args)}
+    with atomic_write(args.out / 'threshold.json') as file:
+        file.write(json.dumps(stored, indent=1).encode())
+    return stored['energy']
 
 
 def load_threshold(model, checkpoint, args):
-    """The threshold stored in --out, if it is this checkpoint's, else from its validation data."""
-    path, identity = args.out / 'threshold.json', identify(args)
+    """The threshold stored in --out if it is this checkpoint's, else found anew in its validation data."""
     try:
-        stored = json.loads(path.read_text())
-        if identity.items() <= stored.items():
+        stored = json.loads((args.out / 'threshold.json').read_text())
+        if identify(args).items() <= stored.items():
             return float(stored['energy'])
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        pass  # missing or damaged: found anew
-    data = load_checked(args, checkpoint)
-    energy = logit_scores(get_logits(model, data.val.images, args.device))['energy'].numpy()  # (N,)
-    return store_threshold(find_threshold(energy), {}, args)
+        pass  # missing or damaged
+    images = load_checked(args, checkpoint).val.images
+    return store_threshold(logit_scores(get_logits(model, images, args.device))['energy'], {}, args)
 
 
-def store_threshold(threshold, rejected, args):
-    """threshold.json: the energy, and the share of each set above it where that is known."""
-    with atomic_write(args.out / 'threshold.json') as file:
-        file.write(json.dumps({'energy': threshold, 'keeps': KEEP, 'rejected': rejected, **identify(args)}, indent=1).encode())
-    return threshold
+def identify(args):
+    """What a threshold belongs to: this checkpoint file, in this precision."""
+    return {'checkpoint': hashlib.sha256(args.ckpt.read_bytes()).hexdigest(), 'precision': args.precision}
 
 
 def judge(model, checkpoint, args):
@@ -163,7 +155,7 @@ def judge(model, checkpoint, args):
     threshold = load_threshold(model, checkpoint, args)
     logits = get_logits(model, images, args.device)  # (N, K)
     energy, (confidence, label) = logit_scores(logits)['energy'], logits.softmax(1).max(1)  # (N,) all
-    classes = checkpoint['class_names']  # none for a plain EBM
+    classes = checkpoint['class_names']  # empty for a plain EBM
     rows = [{'file': name, 'energy': e, 'verdict': 'OOD' if e > threshold else 'in-distribution',
              'class': classes[y] if classes else '', 'confidence': p if classes else ''}
             for name, e, y, p in zip(names, energy.tolist(), label.tolist(), confidence.tolist())]
@@ -178,7 +170,7 @@ def judge(model, checkpoint, args):
 
 def report(model, baseline, data, sets, args):
     """Every score on every OOD set: the table, ood.csv, the pictures and the threshold."""
-    energy_val = logit_scores(get_logits(model, data.val.images, args.device))['energy'].numpy()  # (N,)
+    energy_val = logit_scores(get_logits(model, data.val.images, args.device))['energy']  # (N,)
     threshold = find_threshold(energy_val)
     images = {'test': data.test.images, **sets}
     scores = {name: all_scores(model, baseline, images[name], args.device) for name in tqdm(images, 'scores', unit='set')}
@@ -188,27 +180,25 @@ def report(model, baseline, data, sets, args):
     rejected = {name: float((energy > threshold).mean()) for name, energy in energies.items()}
     print_table(rows, rejected, threshold)
     write_csv(rows, COLUMNS, args.out / 'ood.csv')
-    store_threshold(threshold, rejected, args)
+    store_threshold(energy_val, rejected, args)
     plot_histograms(energies, rejected, threshold, args.out / 'ood.png')
     plot_roc(scores, rows, args.out / 'roc.png')
     show_typical(images, energies, args.out / 'typical.png')
 
 
 def print_table(rows, rejected, threshold):
-    """AUROC of all scores, and all about the energy, a line a set."""
-    scores = list(dict.fromkeys(row['score'] for row in rows))
-    others = [score for score in scores if score != 'energy']
+    """A line a set: all about the energy, and the AUROC of the other scores."""
     cell = {(row['set'], row['score']): row for row in rows}
-    print('AUROC'.rjust(29) + ' ' * 44 + 'AUROC of other scores'.rjust(30))
-    print(f'{"set":<14}{"n":>7}{"energy":>8} {"95 % interval":<17}{"AUPR":>8}{"FPR95":>8}{"rejected":>10}'
-          + ''.join(score.replace('baseline', 'base').rjust(14) for score in others))
-    for name in dict.fromkeys(row['set'] for row in rows):
-        row = cell[name, 'energy']
-        print(f'{name:<14}{row["n_ood"]:>7}{row["auroc"]:8.4f} {row["auroc_low"]:.4f} to {row["auroc_high"]:.4f} '
+    sets, (energy, *others) = (list(dict.fromkeys(row[key] for row in rows)) for key in ('set', 'score'))
+    print(f'{"":<21}{"AUROC of":>8}{"":<36}{"AUROC of":>17}\n{"set":<14}{"n":>7}{energy:>8} {"95 % interval":<17}{"AUPR":>8}'
+          f'{"FPR95":>8}{"rejected":>10}' + ''.join(f'{other:>{len(other) + 2}}' for other in others))
+    for name in sets:
+        row = cell[name, energy]
+        print(f'{name:<14}{row["n_ood"]:7d}{row["auroc"]:8.4f} {row["auroc_low"]:.4f} to {row["auroc_high"]:.4f} '
               f'{row["aupr"]:8.4f}{row["fpr95"]:8.4f}{rejected[name]:10.4f}'
-              + ''.join(f'{cell[name, score]["auroc"]:14.4f}' for score in others))
-    print(f'rejected: energy above {threshold:.3f}, which keeps {KEEP:.0%} of the validation data; of the '
-          f'{rows[0]["n_id"]} test images {rejected["test"]:.4f}')
+              + ''.join(f'{cell[name, other]["auroc"]:{len(other) + 2}.4f}' for other in others))
+    print(f'rejected: energy above {threshold:.3f}, which keeps {KEEP:.0%} of the validation data and rejects '
+          f'{rejected["test"]:.1%} of the {row["n_id"]} test images')
 
 
 def make_panels(count):
@@ -260,28 +250,27 @@ def show_typical(images, energies, path):
               rows=list(images), captions=captions)
 
 
-# --- trust: calibration -----------------------------------------------------------------------------------------------------
+# --- trust: calibration -----------------------------------------------------------------------------------------------
 
 def fit_temperature(logits, labels):
-    """The temperature T of softmax(f / T) with the least cross-entropy (Guo et al. 2017): logits (N, K), labels (N,), of the
-    validation data. Bounded, since a classifier without errors there would be sharpened without end."""
-    return min(np.geomspace(.05, 20, 401), key=lambda t: F.cross_entropy(logits / t, labels).item())
+    """The temperature T of softmax(f / T) with the least cross-entropy (Guo et al. 2017) on the validation data, logits
+    (N, K) and labels (N,). Bounded, since a classifier without errors there would be sharpened without end."""
+    return min(np.geomspace(.01, 100, 401), key=lambda t: F.cross_entropy(logits / t, labels).item())
 
 
 def reliability(logits, labels, bins=15):
-    """Does a confidence of 90 % mean 90 % right? Logits (N, K) and labels (N,), in bins of equal width.
+    """Are answers given with a confidence of 90 % right in 90 %? Logits (N, K) and labels (N,).
 
     Returns:
-        the expected calibration error ECE = sum_b n_b / N |accuracy_b - confidence_b| (Guo et al. 2017, equation 5), and
-        the mean confidence and the accuracy (b,) of the bins that are not empty.
+        the expected calibration error ECE = sum_b n_b / N |accuracy_b - confidence_b| over bins of equal width (Guo et
+        al. 2017, equation 5), and the mean confidence and the accuracy of each bin that is not empty.
     """
     confidence, answer = logits.softmax(1).max(1)  # (N, K) -> (N,) both
     at = (confidence * bins).long().clamp_max(bins - 1)  # (N,)
     count, hits, total = (torch.bincount(at, weights.double(), bins)  # (N,) -> (bins,)
                           for weights in (torch.ones_like(confidence), answer == labels, confidence))
-    ece = (hits - total).abs().sum().item() / len(labels)
     filled = count > 0
-    return ece, (total / count)[filled], (hits / count)[filled]
+    return (hits - total).abs().sum().item() / len(labels), (total / count)[filled], (hits / count)[filled]
 
 
 def calibrate(models, data, args):
@@ -289,7 +278,7 @@ def calibrate(models, data, args):
     rows, (figure, axes) = [], make_panels(len(models))
     for ax, (name, model) in zip(axes, models.items()):
         logits = get_logits(model, data.test.images, args.device)  # (N, K)
-        fitted = fit_temperature(get_logits(model, data.val.images, args.device), data.val.labels)  # never on test data
+        fitted = fit_temperature(get_logits(model, data.val.images, args.device), data.val.labels)
         for temperature in (1., fitted):
             ece, confidence, accuracy = reliability(logits / temperature, data.test.labels)
             ax.plot(confidence, accuracy, marker='o', label=f'T = {temperature:.2f}: ECE {ece:.4f}')
@@ -301,20 +290,20 @@ def calibrate(models, data, args):
     return rows
 
 
-# --- trust: robustness --------------------------------------------------------------------------------------------------------
+# --- trust: robustness ------------------------------------------------------------------------------------------------
 
-# Radii of the attacks in units of pixels from 0 to 1, as papers give them; an image here is twice as wide.
+# Radii of the attacks in units of pixels from 0 to 1, as papers give them; from -1 to 1 they are twice as long.
 RADII = {'Linf': [.01, .03, .1, .2], 'L2': [.25, .5, 1., 2.]}
 PGD_STEPS, EOT_DRAWS, DEFENCE_STEPS, DISTAL_STEPS = 20, 4, 5, 500
 
 
 def attack_gradient(model, x, y, defence, generator):
-    """How wrong the answer to x (B, C, H, W) with labels y (B,) is, and where it gets worse, through the defence.
+    """How wrong the answer to x (B, C, H, W) with labels y (B,) is, and which way it gets worse, through the defence.
 
-    The answer's margin is max_{c != y} f(x)[c] - f(x)[y] (Carlini and Wagner 2017), not the cross-entropy, whose gradient is
-    0 in float32 once a classifier is sure: that would look like robustness. A defence that draws noise is attacked by the
-    expectation over it (EOT, Athalye et al. 2018): margin and gradient are means of EOT_DRAWS runs with fresh noise each,
-    and the gradient goes back through every step of SGLD (`back_through`), so nothing is hidden from the attack.
+    The margin max_{c != y} f(x)[c] - f(x)[y] (Carlini and Wagner 2017) stands for the cross-entropy, whose gradient is 0
+    in float32 once a classifier is sure: that would pass for robustness. A defence that draws noise is attacked by the
+    expectation over it (EOT, Athalye et al. 2018): a mean of EOT_DRAWS runs with fresh noise each, and the gradient goes
+    back through every step of SGLD, so that the defence hides nothing.
 
     Returns:
         margin (B,), above 0 where the answer is wrong, and its gradient (B, C, H, W).
@@ -323,110 +312,97 @@ def attack_gradient(model, x, y, defence, generator):
     for _ in range(EOT_DRAWS if defence['steps'] else 1):
         states = []
         moved = sgld(model.energy, x, generator=generator, callback=lambda k, x, e: states.append(x), **defence)
-        moved.requires_grad_()
-        logits = model.get_logits(moved)  # (B, K)
+        logits = model.get_logits(moved.requires_grad_())  # (B, K)
         others = logits.scatter(1, y[:, None], -torch.inf)  # (B, K), all classes but y
-        margin = others.amax(1) - logits.gather(1, y[:, None]).squeeze(1)  # (B,)
-        gradient, = torch.autograd.grad(margin.sum(), moved)  # (B, C, H, W)
-        margins.append(margin.detach())
+        margins.append(others.amax(1) - logits.gather(1, y[:, None]).squeeze(1))  # (B,)
+        gradient, = torch.autograd.grad(margins[-1].sum(), moved)  # (B, C, H, W)
         gradients.append(back_through(model.energy, states, gradient, defence['step_size'], defence.get('grad_clip')))
-    return torch.stack(margins).mean(0), torch.stack(gradients).mean(0)
+    return torch.stack(margins).mean(0).detach(), torch.stack(gradients).mean(0)
 
 
 def back_through(energy, states, gradient, step_size, grad_clip=None):
     """From dL/dx_K to dL/dx_0, (B, C, H, W), along the states x_0 ... x_{K-1} of a run of SGLD.
 
-    A step x - step_size * dE/dx + noise has the Jacobian I - step_size * d2E/dx2, a product with which takes one more
-    derivative. The clamp to [-1, 1] is taken for the identity: its true gradient is 0 where it holds a pixel, and attacks
-    would forget that pixel.
+    The Jacobian of x - step_size * dE/dx + noise is I - step_size * d2E/dx2. The clamp to [-1, 1] counts as the identity
+    (BPDA, Athalye et al. 2018): by its true gradient, 0, an attack would forget the pixels that it holds.
     """
     for x in reversed(states):
         x = x.detach().requires_grad_()
         slope, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
         if grad_clip is not None:
             slope = slope.clamp(-grad_clip, grad_clip)
-        product, = torch.autograd.grad((slope * gradient).sum(), x)  # (B, C, H, W)
+        product, = torch.autograd.grad((slope * gradient).sum(), x)  # d2E/dx2 times the gradient, (B, C, H, W)
         gradient = gradient - step_size * product
     return gradient
 
 
 def pgd(model, x, y, norm, radius, defence, generator):
-    """Projected gradient descent (Madry et al. 2018) from a random start: of the points visited at most `radius` (in units of
-    [-1, 1]) away from x in L-inf or L2, those with the most wrong answer, (B, C, H, W) in [-1, 1]."""
+    """Projected gradient descent (Madry et al. 2018) from a random start, at most `radius` (in [-1, 1]) away from x in L-inf
+    or L2; returns of the points visited those with the most wrong answers, (B, C, H, W) in [-1, 1]."""
     def lengths(delta):
         return delta.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)  # (B, C, H, W) -> (B, 1, 1, 1)
 
     def project(delta):
-        if norm == 'Linf':
-            delta = delta.clamp(-radius, radius)
-        else:
-            delta = delta * (radius / lengths(delta)).clamp_max(1)
-        return (x + delta).clamp(-1, 1)
+        inside = delta.clamp(-radius, radius) if norm == 'Linf' else delta * (radius / lengths(delta)).clamp_max(1)
+        return (x + inside).clamp(-1, 1)
 
     moved = project(radius * torch.randn(x.shape, generator=generator, device=x.device))
     worst, worst_margin = moved, torch.full((len(x),), -torch.inf, device=x.device)
     for _ in range(PGD_STEPS):
         margin, gradient = attack_gradient(model, moved, y, defence, generator)
-        better = margin > worst_margin  # (B,)
-        worst, worst_margin = torch.where(better[:, None, None, None], moved, worst), torch.maximum(margin, worst_margin)
+        worst = torch.where((margin > worst_margin)[:, None, None, None], moved, worst)
+        worst_margin = torch.maximum(margin, worst_margin)
         direction = gradient.sign() if norm == 'Linf' else gradient / lengths(gradient)
         moved = project(moved - x + 2.5 * radius / PGD_STEPS * direction)
     return worst
 
 
-@torch.no_grad()
-def is_right(model, x, y, defence, generator):
-    """Whether x (B, C, H, W) is classified as y, (B,), after the defence with noise that no attack has seen."""
-    return model.get_logits(sgld(model.energy, x, generator=generator, **defence)).argmax(1) == y
-
-
 def attack(models, checkpoint, data, args):
-    """Accuracy under attack for each model, and for the JEM behind the lecture's defence, DEFENCE_STEPS steps of SGLD on the
+    """Accuracy under attack of each model, and of the JEM behind the lecture's defence, DEFENCE_STEPS steps of SGLD on the
     input; robustness.png. Returns rows of trust.csv."""
     generator = torch.Generator(args.device).manual_seed(args.seed)
     picked = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(args.seed))[:args.attacked]
     batches = [data.test.to(args.device).batch(index.to(args.device)) for index in picked.split(BATCH)]
     victims = {name: (model, 0) for name, model in models.items()}
     victims[f'JEM after {DEFENCE_STEPS} SGLD steps'] = models['JEM'], DEFENCE_STEPS
-    rows = []
+    rows, (figure, axes) = [], make_panels(len(RADII))
     for name, (model, steps) in victims.items():
         defence = {**checkpoint['sampler'], 'steps': steps}
-        for norm, radius in tqdm([(norm, radius) for norm in RADII for radius in [0, *RADII[norm]]], f'PGD on {name}'):
-            right = [is_right(model, pgd(model, x, y, norm, 2 * radius, defence, generator) if radius else x, y, defence,
-                              generator) for x, y in batches]
-            rows.append({'model': name, 'measure': 'accuracy', 'norm': norm, 'radius': radius,
-                         'value': torch.cat(right).float().mean().item(), 'n': len(picked)})
-    figure, axes = make_panels(len(RADII))
-    for ax, norm in zip(axes, RADII):
-        for name in victims:
-            curve = [row for row in rows if (row['model'], row['norm']) == (name, norm)]
-            ax.plot([row['radius'] for row in curve], [row['value'] for row in curve], marker='o', label=name)
-        ax.set(title=f'PGD, {norm}', xlabel='radius (pixels from 0 to 1)', ylabel='accuracy', ylim=(-.03, 1.03))
-        ax.legend(fontsize=7)
+        for ax, norm in zip(axes, RADII):
+            accuracy = []
+            for radius in tqdm([0, *RADII[norm]], f'PGD, {norm}, on {name}', unit='radius'):
+                right = []
+                for x, y in batches:
+                    x = pgd(model, x, y, norm, 2 * radius, defence, generator) if radius else x
+                    x = sgld(model.energy, x, generator=generator, **defence)  # with noise that no attack has seen
+                    right.append(model.get_logits(x).argmax(1) == y)  # (B,)
+                accuracy.append(torch.cat(right).float().mean().item())
+                rows.append({'model': name, 'measure': 'accuracy', 'norm': norm, 'radius': radius, 'value': accuracy[-1],
+                             'n': len(picked)})
+            ax.plot([0, *RADII[norm]], accuracy, marker='o', label=name)
+            ax.set(title=f'PGD, {norm}', xlabel='radius (pixels from 0 to 1)', ylabel='accuracy', ylim=(-.03, 1.03))
+            ax.legend(fontsize=7)
     save_figure(figure, args.out / 'robustness.png')
     return rows
 
 
 def show_distal(models, checkpoint, args):
-    """distal.png: uniform noise driven to p(y = c | x) >= .9 by gradient ascent, a class a column (JEM, section 5.4): what a
-    model takes for a c with nothing of the data to start from."""
-    names = checkpoint['class_names'][:10]
+    """distal.png: uniform noise driven to p(y = c | x) >= .9 by gradient ascent, a class a column (JEM, section 5.4): what
+    a model takes for a c that was never near one."""
+    names, size = checkpoint['class_names'][:10], checkpoint['image_size']
     labels = torch.arange(len(names), device=args.device)[:, None]  # (R, 1)
-    size, channels = checkpoint['image_size'], checkpoint['settings']['channels']
     pictures, captions = [], []
     for name, model in models.items():
         generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise for each model
-        x = prior('uniform', (len(names), channels, size, size), generator, args.device)  # (R, C, H, W)
+        x = prior('uniform', (len(names), checkpoint['settings']['channels'], size, size), generator, args.device)
         for _ in tqdm(range(DISTAL_STEPS), f'distal adversaries of {name}', unit='step'):
-            x.requires_grad_()
-            log_p = model.get_logits(x).log_softmax(1).gather(1, labels).squeeze(1)  # (R, K) -> (R,)
+            log_p = model.get_logits(x.requires_grad_()).log_softmax(1).gather(1, labels)  # (R, K) -> (R, 1)
             gradient, = torch.autograd.grad(log_p.sum(), x)  # (R, C, H, W)
-            unsure = (log_p.detach() < np.log(.9))[:, None, None, None]  # (R, 1, 1, 1)
-            scale = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)  # (R, 1, 1, 1)
-            x = torch.where(unsure, x + .02 * gradient / scale, x).detach().clamp(-1, 1)
-        p = model.get_logits(x).softmax(1).gather(1, labels).squeeze(1)  # (R,)
+            unsure = (log_p < np.log(.9))[..., None, None]  # (R, 1) -> (R, 1, 1, 1)
+            steepness = gradient.square().mean(dim=(1, 2, 3), keepdim=True).sqrt().clamp_min(1e-12)  # (R, 1, 1, 1)
+            x = (x + unsure * .02 * gradient / steepness).detach().clamp(-1, 1)
         pictures.append(x)
-        captions += [f'p {value:.2f}' for value in p.tolist()]
+        captions += [f'p {p:.2f}' for p in model.get_logits(x).softmax(1).gather(1, labels).flatten().tolist()]
     save_grid(torch.cat(pictures), args.out / 'distal.png', len(names), 'noise driven to p(y = c | x) of .9',
               rows=list(models), heads=names, captions=captions)
 
@@ -438,11 +414,9 @@ def trust(model, baseline, checkpoint, data, args):
     show_distal(models, checkpoint, args)
     rows += attack(models, checkpoint, data, args)
     write_csv(rows, ['model', 'measure', 'temperature', 'norm', 'radius', 'value', 'n'], args.out / 'trust.csv')
-    for row in rows:
-        print('  '.join(f'{key} {value:.4g}' if isinstance(value, float) else f'{key} {value}' for key, value in row.items()))
 
 
-# --- command line -------------------------------------------------------------------------------------------------------------
+# --- command line -----------------------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
     parser = CommandLine(__doc__)
@@ -476,10 +450,11 @@ def load_checked(args, checkpoint):
 def load_baseline(args, checkpoint):
     """The plain classifier, checked for seeing the same images and, beside a JEM, for knowing the same classes."""
     baseline, facts = load_model(args.baseline, args.device, args.precision)
-    fits = all(facts[key] == checkpoint[key] for key in ('image_size', *(['class_names'] if checkpoint['class_names'] else [])))
-    if not facts['class_names'] or not fits or facts['settings']['channels'] != checkpoint['settings']['channels']:
-        raise CheckpointError(f'--baseline {args.baseline}: no classifier of the images and classes of {args.ckpt}; train one '
-                              'on the same data with python train.py --px-weight 0')
+    seen, wanted = ((found['image_size'], found['settings']['channels'], found['class_names'] or facts['class_names'])
+                    for found in (facts, checkpoint))
+    if not facts['class_names'] or seen != wanted:
+        raise CheckpointError(f'--baseline {args.baseline}: no classifier of the images and classes of {args.ckpt}; train '
+                              'one on the same data with python train.py --px-weight 0')
     return baseline
 
 
@@ -489,7 +464,7 @@ def load_sets(args, data, checkpoint):
     sets = {}
     with tqdm(args.ood or ood_names(data, checkpoint['data'], root), 'OOD sets', unit='set', leave=False) as bar:
         for name in bar:
-            stem = Path(name).stem
+            stem = Path(name).stem or name
             sets[name if stem in sets else stem] = load_ood(name, data, seed, root)
     return sets
 

@@ -131,13 +131,13 @@ def test_ece_by_hand():
 
 
 def test_temperature_is_found():
-    """Logits three times as large as those that the labels were drawn from want a temperature of 3, and are calibrated by it."""
+    """Logits three times as large as those that labels were drawn from want a temperature of 3, which calibrates them."""
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(20_000, 4, generator=generator, dtype=torch.float64) * 2
+    logits = torch.randn(5_000, 4, generator=generator, dtype=torch.float64) * 2
     labels = logits.softmax(1).multinomial(1, generator=generator).squeeze(1)
     fitted = ood.fit_temperature(3 * logits, labels)
     assert fitted == pytest.approx(3, rel=.05)
-    assert ood.reliability(3 * logits / fitted, labels)[0] < .015 < .05 < ood.reliability(3 * logits, labels)[0]
+    assert ood.reliability(3 * logits / fitted, labels)[0] < .03 < .05 < ood.reliability(3 * logits, labels)[0]
 
 
 @pytest.mark.parametrize('clip, factor', [(None, (1 - .3) ** 4), (1e-3, 1.)])
@@ -212,11 +212,13 @@ def test_report(trained, others, tmp_path, capsys, monkeypatch):
     """A row a set and score, pictures, and a threshold with the share of each set that it rejects."""
     monkeypatch.setattr(data, 'PRINTS', {'a': 20, 'b': 20, 'Q': 20})
     monkeypatch.setattr(data, 'EXTRAS', 4)
+    monkeypatch.setattr(data, 'MADE', {name: data.MADE[name] for name in ('flipped', 'constant')})
     run(trained / 'best.pt', tmp_path, '--data-root', tmp_path, '--baseline', others['plain'])
     rows = read_rows(tmp_path / 'ood.csv')
     sets = ['ood_ta', 'letterpress', *data.MADE, 'digits']
     scores = [*SCORES, 'baseline_max_prob', 'baseline_energy']
-    assert list(rows[0]) == ood.COLUMNS and [(row['set'], row['score']) for row in rows] == [(a, b) for a in sets for b in scores]
+    assert list(rows[0]) == ood.COLUMNS
+    assert [(row['set'], row['score']) for row in rows] == [(name, score) for name in sets for score in scores]
     assert all(0 <= float(row['auroc_low']) <= float(row['auroc_high']) <= 1 and row['n_id'] == '24' for row in rows)
     printed = capsys.readouterr().out
     assert all(f'\n{name} ' in printed for name in sets)
@@ -230,7 +232,7 @@ def test_plain_ebm_has_only_its_scores(others, tmp_path):
     for name in 'ab':
         run(others['ebm'], tmp_path / name, '--ood', 'noise')
     assert [row['score'] for row in read_rows(tmp_path / 'a' / 'ood.csv')] == ['energy', 'grad_norm']
-    for file in ('ood.csv', 'ood.png', 'typical.png'):
+    for file in ('ood.csv', 'ood.png', 'roc.png', 'typical.png', 'threshold.json'):
         assert (tmp_path / 'a' / file).read_bytes() == (tmp_path / 'b' / file).read_bytes()
 
 
