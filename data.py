@@ -2,7 +2,7 @@
 
 An image is float32, (C, H, W), in [-1, 1], inside the network; on disk and in memory it is uint8, 0 to 255, and a batch at
 a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribution or not, goes through the one function
-`prepare`, so that no set can be told from another by how it was handled.
+`prepare`, so that no set can be told from another by how it was handled (`load_ood` says more).
 
     letterpress                      42 letters, drawn with matplotlib's typefaces and printed badly on purpose (built in)
     digits                           scikit-learn's scanned digits, 1,797 images of 8x8 (built in)
@@ -78,6 +78,17 @@ def to_uint8(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
+def extremes(x):
+    """The least and the greatest value of each image of (N, C, H, W), (N, 1, 1, 1) both."""
+    return [f(x, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax)]
+
+
+def stretch(x):
+    """Min-max scale each image of (N, C, H, W) to [0, 1]; a constant one becomes 0."""
+    low, high = extremes(x)
+    return (x - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+
+
 def prepare(images, image_size):
     """The course's preprocessing: min-max scale each image, resize its shorter side (antialiased), crop the centre.
 
@@ -90,19 +101,26 @@ def prepare(images, image_size):
     """
     done = []
     for part in torch.as_tensor(images).split(1024):  # bounds the memory that floats take
-        part = part.float()
-        low, high = (f(part, dim=(1, 2, 3), keepdim=True) for f in (torch.amin, torch.amax))  # (B, 1, 1, 1)
-        part = (part - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+        part = stretch(part.float())
         part = TF.center_crop(TF.resize(part, [image_size], antialias=True), [image_size])  # (B, C, size, size)
         done.append(to_uint8(part * 2 - 1))
     return torch.cat(done)
 
 
 def match_channels(images, channels):
-    """(N, 1 or 3, H, W) -> (N, channels, H, W): grey is repeated, colour is turned into its luminance."""
+    """(N, 1 or 3, H, W) -> (N, channels, H, W): grey is repeated, colour is turned into its luminance (as float: rounded
+    luminance would tell a grey file read as colour from the same one read as grey)."""
     if images.shape[1] == channels:
         return images
-    return images.expand(-1, 3, -1, -1) if channels == 3 else TF.rgb_to_grayscale(images)
+    return images.expand(-1, 3, -1, -1) if channels == 3 else TF.rgb_to_grayscale(images.float())
+
+
+def channels_first(images):
+    """(N, H, W), (N, H, W, 1 or 3) or (N, C, H, W) -> (N, C, H, W)."""
+    if images.ndim == 3:
+        return images[:, None]  # (N, H, W) -> (N, 1, H, W)
+    last = images.ndim == 4 and images.shape[3] in (1, 3) and images.shape[1] not in (1, 3)
+    return images.permute(0, 3, 1, 2) if last else images  # (N, H, W, C) -> (N, C, H, W)
 
 
 # --- data sets ------------------------------------------------------------------------------------------------------
@@ -171,23 +189,23 @@ def load_glyphs(folder, image_size):
                                 'write one name a line, or remove the file')
             break
     return Data(*(Split(prepare(images, image_size), labels) for images, labels in arrays.values()), names,
-                {stem: prepare(read_arrays(folder / f'{stem}.npy', labelled=False)[0], image_size)
-                 for stem in ('ood_ta', 'ood_tb') if (folder / f'{stem}.npy').exists()})
+                {path.stem: prepare(read_arrays(path, labelled=False)[0], image_size)
+                 for path in sorted(folder.glob('ood_*.npy'))})
 
 
 def read_arrays(path, labelled):
-    """Images (N, 1, H, W), and labels int64 (N,) or None, from the arrays that np.save wrote to `path`, no pickles."""
-    wanted = 'images (N, H, W), then integer labels (N,)' if labelled else 'one array of images (N, H, W)'
+    """Images (N, C, H, W), and labels int64 (N,) or None, from the arrays that np.save wrote to `path`, no pickles."""
+    wanted = 'images (N, H, W) or (N, H, W, 3)' + (', then integer labels (N,)' if labelled else '')
     try:
         with open(path, 'rb') as file:
             images = np.load(file, allow_pickle=False)
             labels = np.load(file, allow_pickle=False) if labelled else None
-            numbers = images.dtype.kind in 'biuf' and images.ndim == 3 and images.size
+            numbers = images.dtype.kind in 'biuf' and images.ndim in (3, 4) and images.size
     except Exception as error:  # numpy raises whatever the damage makes it raise
         raise DataError(f'{path}: not readable as {wanted}, each written by np.save ({error})') from error
     with np.errstate(over='ignore'):  # what is too large for float32 becomes infinite, and is told
-        images = torch.from_numpy(images.astype(np.float32))[:, None] if numbers else images  # (N, H, W) -> (N, 1, H, W)
-    if not numbers or not (images.max() - images.min()).isfinite():
+        images = channels_first(torch.from_numpy(images.astype(np.float32))) if numbers else images  # (N, C, H, W)
+    if not numbers or images.shape[1] not in (1, 3) or not (images.max() - images.min()).isfinite():
         raise DataError(f'{path}: images must be finite real numbers; write {wanted}; these are {images.dtype} '
                         f'{tuple(images.shape)}')
     if labels is None:
@@ -214,6 +232,22 @@ def load_folder(folder, image_size, seed):
     if len(sets) == 1:
         return split_stratified(images[0], sets[0].targets, sets[0].classes, seed, folder)
     return Data(*(Split(x, torch.tensor(part.targets)) for x, part in zip(images, sets)), sets[0].classes)
+
+
+def load_images(path, image_size, channels):
+    """The images at a path: an image file, a folder of them at any depth, or a .npy array (N, H, W), (N, H, W, 3) or
+    (N, C, H, W). Returns them as uint8 (N, channels, image_size, image_size), and the name of each."""
+    path = Path(path)
+    if path.suffix == '.npy':
+        images = read_arrays(path, labelled=False)[0]  # (N, C, H, W)
+        return prepare(match_channels(images, channels), image_size), [f'{path}[{i}]' for i in range(len(images))]
+    files = [path] if path.is_file() else sorted(file for file in path.rglob('[!.]*')
+                                                 if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    if not files:
+        raise DataError(f'{path}: no images here ({", ".join(datasets.folder.IMG_EXTENSIONS)}), and it is no .npy array')
+    with tqdm(files, f'reading {path}', unit='image', leave=False) as bar:
+        images = [prepare(match_channels(read_image(file)[None], channels), image_size) for file in bar]
+    return torch.cat(images), [str(file) for file in files]  # N times (1, C, size, size) -> (N, C, size, size)
 
 
 def read_image(path):
@@ -258,20 +292,22 @@ def load_torchvision(name, image_size, data_root, seed):
     return Data(Split(images[train], labels[train]), Split(images[val], labels[val]), Split(test_images, test_labels), names)
 
 
-def read_torchvision(dataset, name, image_size, data_root, arguments):
-    """Prepared images (N, C, size, size), labels (N,) and class names of one part, downloaded if it is not there yet."""
+def open_torchvision(dataset, data_root, arguments):
+    """One part as torchvision's object if its files are there, else None."""
+    with contextlib.suppress(Exception):  # missing or damaged: torchvision raises whatever the bytes make it raise
+        return dataset(data_root, **arguments, download=False)
+
+
+def read_torchvision(dataset, name, image_size, data_root, arguments, channels=None):
+    """Prepared images (N, C, size, size), of the set's own or of other channels, labels (N,) and class names of one part,
+    downloaded if it is not there yet."""
     try:
-        part = dataset(data_root, **arguments, download=False)
-    except Exception:  # missing or damaged: torchvision raises whatever the bytes make it raise
-        try:
-            part = dataset(data_root, **arguments, download=True)
-        except Exception as error:
-            raise DataError(f'--data {name}: missing or damaged under --data-root {data_root}, and not to be downloaded '
-                            f'({" ".join(str(error).split())}); name its folder, or remove what is broken') from error
+        part = open_torchvision(dataset, data_root, arguments) or dataset(data_root, **arguments, download=True)
+    except Exception as error:  # torchvision raises whatever the bytes make it raise
+        raise DataError(f'{name}: missing or damaged under --data-root {data_root}, and not to be downloaded '
+                        f'({" ".join(str(error).split())}); name its folder, or remove what is broken') from error
     if hasattr(part, 'data'):
-        images = torch.as_tensor(part.data)
-        images = images[:, None] if images.ndim == 3 else images  # (N, H, W) -> (N, 1, H, W)
-        images = images.permute(0, 3, 1, 2) if images.shape[-1] == 3 else images  # (N, H, W, 3) -> (N, 3, H, W)
+        images = channels_first(torch.as_tensor(part.data))  # (N, C, H, W)
         labels = torch.as_tensor(getattr(part, 'targets', getattr(part, 'labels', None))).long()
     else:  # Omniglot reads one file at a time
         images = torch.stack([TF.pil_to_tensor(image) for image, _ in part])  # (N, 1, 105, 105)
@@ -281,7 +317,7 @@ def read_torchvision(dataset, name, image_size, data_root, arguments):
         images, labels, names = images.transpose(2, 3), labels - 1, list('abcdefghijklmnopqrstuvwxyz')
     elif hasattr(part, 'classes'):
         names = [label.split(' - ')[0].replace(' ', '_') for label in part.classes]  # MNIST says '5 - five'
-    return prepare(images, image_size), labels, names
+    return prepare(match_channels(images, channels or images.shape[1]), image_size), labels, names
 
 
 # --- letterpress, the built-in stand-in -------------------------------------------------------------------------------
@@ -295,10 +331,13 @@ PRINTS = dict(a=690, b=520, c=680, d=690, e=715, f=600, g=520, h=620, i=710, j=1
               p=710, q=640, r=700, s=705, t=700, u=690, v=680, w=155, x=400, y=360, z=240,
               A=110, B=80, D=85, E=120, F=75, G=60, H=65, K=43, L=75, M=110, N=100, P=125, Q=100, R=70, T=80, Y=48)
 PAIRS = 'fi fl ff st ct sp ch th de do ha pa pp ll tt ft bo ae oe'.split()
+SYMBOLS = list('2345679&?!%+=')  # no 0, 1 or 8: an o, an l and a B to most eyes
 LIGATURES = dict(fi='ﬁ', fl='ﬂ', ff='ﬀ', ae='æ', oe='œ')  # pairs that most faces hold as one piece
 FACES = dict(STIXGeneral=.45, STIXGeneralBol=.31, cmb10=.13, DejaVuSerif=.11)  # and their market shares
-WEIGHT = dict(STIXGeneral=5, STIXGeneralBol=1, cmb10=3, DejaVuSerif=3)  # pixels added: early type was heavy
-EXTRAS = 2000  # prints in each of the OOD sets
+OTHER_FACE = 'DejaVuSans'  # of the OOD set `typeface`: no serifs, strokes of one width
+WEIGHT = dict(STIXGeneral=5, STIXGeneralBol=1, cmb10=3, DejaVuSerif=3, DejaVuSans=3)  # pixels added: early type was heavy
+LETTERPRESS_OOD = ('clutter', 'ligatures', 'symbols', 'typeface')
+EXTRAS = 2000  # prints in each of them
 FRAME = 56  # side of the images, in pixels
 ACROSS = torch.linspace(-1, 1, FRAME)  # columns of the frame, counted in half frames from its middle
 DOWN = ACROSS.unsqueeze(1)  # and rows, (56, 1)
@@ -320,8 +359,8 @@ def cut_type(text, face):
 
 
 def blur(x, sigma):
-    """Gaussian blur of (B, 1, H, W); passing the batch as channels of one image is ten times as fast on a CPU."""
-    return TF.gaussian_blur(x.transpose(0, 1), 2 * round(2.5 * sigma) + 1, sigma).transpose(0, 1)
+    """Gaussian blur of (B, C, H, W); passing the batch as channels of one image is ten times as fast on a CPU."""
+    return TF.gaussian_blur(x.flatten(0, 1)[None], 2 * round(2.5 * sigma) + 1, sigma).view(x.shape)  # through (1, BC, H, W)
 
 
 def spread(n, low, high, g):
@@ -414,15 +453,23 @@ def press(mask, g):
     return page.clamp(0, 255).byte()
 
 
+def cut_case(texts, faces):
+    """A type case: each text cut in each face, float (texts, faces, 112, 112) in [0, 1]."""
+    case = torch.tensor(np.array([[cut_type(text, face) for face in faces] for text in texts]))  # (texts, faces, 112, 112)
+    return blur(case / 255, 1.)
+
+
 def render_letterpress(seed):
-    """Print the whole data set: by name the images of the splits, their labels, and two OOD sets from the same press."""
+    """Print the whole data set: by name the images of the splits, their labels, and four OOD sets from the same press."""
+    def sheets(case, labels, title):
+        return torch.cat([press(set_type(case, batch, g), g)
+                          for batch in tqdm(labels.split(256), f'printing {title}', unit='sheet')])  # (N, 1, 56, 56)
+
     g = torch.Generator().manual_seed(seed)
-    case = torch.tensor(np.array([[cut_type(text, face) for face in FACES] for text in [*PRINTS, *PAIRS]]))
-    case = blur(case.flatten(0, 1).unsqueeze(1) / 255, 1.).view(-1, len(FACES), 2 * FRAME, 2 * FRAME)  # (61, 4, 112, 112)
+    case = cut_case([*PRINTS, *PAIRS, *SYMBOLS], FACES)  # (74, 4, 112, 112)
     labels = torch.arange(len(PRINTS)).repeat_interleave(torch.tensor(list(PRINTS.values())))  # (16171,)
-    pairs = torch.randint(len(PRINTS), len(case), (EXTRAS,), generator=g)
-    batches = tqdm(torch.cat([labels, pairs]).split(256), 'printing letterpress', unit='sheet')
-    images = torch.cat([press(set_type(case, batch, g), g) for batch in batches])  # (18171, 1, 56, 56)
+    pairs = torch.randint(len(PRINTS), len(PRINTS) + len(PAIRS), (EXTRAS,), generator=g)
+    images = sheets(case, torch.cat([labels, pairs]), 'letterpress')  # (18171, 1, 56, 56)
     clutter = torch.cat([press(scatter(case, len(part), g), g) for part in pairs.split(250)])  # (2000, 1, 56, 56)
 
     # The labels are still sorted, so dealing them out like cards gives each split its share of every class.
@@ -433,6 +480,11 @@ def render_letterpress(seed):
         index = member.nonzero().flatten()
         index = index[torch.randperm(len(index), generator=g)]
         arrays[split], arrays[f'{split}_labels'] = images[index], labels[index]
+
+    symbols = torch.randint(len(PRINTS) + len(PAIRS), len(case), (EXTRAS,), generator=g)
+    letters = labels[torch.randperm(len(labels), generator=g)[:EXTRAS]]  # as frequent as in the text
+    arrays['symbols'] = sheets(case, symbols, 'other symbols')
+    arrays['typeface'] = sheets(cut_case(PRINTS, [OTHER_FACE] * len(FACES)), letters, 'another typeface')
     return arrays
 
 
@@ -443,32 +495,82 @@ def load_letterpress(image_size, data_root, seed):
     try:
         with np.load(path, allow_pickle=False) as cache:
             arrays = {key: torch.from_numpy(cache[key])
-                      for key in (*parts, *(f'{part}_labels' for part in parts), 'clutter', 'ligatures')}
+                      for key in (*parts, *(f'{part}_labels' for part in parts), *LETTERPRESS_OOD)}
     except Exception:  # zipfile and numpy raise whatever the damage makes them raise
         with atomic_write(path) as file:  # opened first: a folder that cannot be written is told before the work
             arrays = render_letterpress(seed)
             np.savez(file, **{key: array.numpy() for key, array in arrays.items()})
     splits = [Split(prepare(arrays[part], image_size), arrays[f'{part}_labels']) for part in parts]
-    return Data(*splits, list(PRINTS), {key: prepare(arrays[key], image_size) for key in ('clutter', 'ligatures')})
+    return Data(*splits, list(PRINTS), {key: prepare(arrays[key], image_size) for key in LETTERPRESS_OOD})
 
 
 # --- out-of-distribution sets ---------------------------------------------------------------------------------------
 
-def load_ood(name, data, seed=0):
-    """An OOD set by name, uint8 (N, C, H, W), of the size and channels of `data`.
+def shrink(x):
+    """To a quarter of the area, in the lower right corner as in the tutorial, on a ground of each image's median grey:
+    the tutorial's black would give away every print on light paper."""
+    canvas = x.flatten(1).median(1).values[:, None, None, None].expand(x.shape).clone()  # (N,) -> (N, C, H, W)
+    top, left = x.shape[2] // 2, x.shape[3] // 2
+    canvas[..., top:, left:] = TF.resize(x, [x.shape[2] - top, x.shape[3] - left], antialias=True)
+    return canvas
 
-    `data.ood` holds those of the data themselves: ood_ta (clutter) and ood_tb (ligatures) of a course folder, clutter and
-    ligatures of letterpress. `noise` is uniform, `digits` are scikit-learn's scans.
+
+MADE = {  # from the test images x, float (N, C, H, W) in [-1, 1], and a random generator g: as many of another kind
+    'flipped': lambda x, g: x.flip(2, 3),  # over both axes, as in the tutorial
+    'rotated': lambda x, g: x.rot90(1, (2, 3)),
+    'shrunk': lambda x, g: shrink(x),
+    'blurred': lambda x, g: blur(x, x.shape[3] / 28),
+    'noisy': lambda x, g: x + .3 * torch.randn(x.shape, generator=g),  # the tutorial's noise
+    'interpolated': lambda x, g: (x + x.roll(1 + len(x) // 3, 0)) / 2,  # half of each of two images, as in JEM
+    'noise': lambda x, g: torch.rand(x.shape, generator=g),  # uniform
+    'gaussian': lambda x, g: torch.randn(x.shape, generator=g),
+    'constant': lambda x, g: 2 * torch.rand(len(x), 1, 1, 1, generator=g).expand(x.shape) - 1,  # each image one grey
+}
+
+
+def ood_names(data, name, data_root='.data'):
+    """The OOD sets there are for the data set `name`: near, changed, far, and torchvision's whose files are there."""
+    there = [other for other, (dataset, _, train, test) in TORCHVISION.items()
+             if other != name and open_torchvision(dataset, data_root, test or train)]
+    letters = [] if name in NAMES else ['letterpress']  # a folder of glyphs: the same letters in another typeface
+    return [*data.ood, *letters, *MADE, *(['digits'] if name != 'digits' else []), *there]
+
+
+def load_ood(name, data, seed=0, data_root='.data'):
+    """An OOD set by name or path, uint8 (N, C, H, W), of the size and channels of `data`.
+
+    * near: `data.ood`, those that come with the data: clutter, ligatures, symbols, typeface of letterpress, ood_*.npy of a
+      course folder (ood_ta is clutter, ood_tb ligatures); `letterpress` for other glyphs
+    * changed test images, and far from them noise and greys: see MADE
+    * `digits` (scikit-learn's scans), the test part of torchvision's sets, and paths (see `load_images`)
+
+    No set can be told by its handling. Images from elsewhere are as raw as the data were: their channels are matched, then
+    they pass `prepare` once. Changed and made-up images are min-max scaled, each to the least and the greatest value of
+    the test image in its place (after `prepare` has resized, those need not be 0 and 255 any more), so contrast tells
+    nothing. Only `constant` is left as it is, having none.
+
+    Raises:
+        DataError: there is no such set, or it cannot be read.
     """
-    count, channels, size, _ = data.test.images.shape
+    channels, size = data.test.images.shape[1:3]
     if name in data.ood:
         return data.ood[name]
-    if name == 'noise':
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randint(256, data.test.images.shape, dtype=torch.uint8, generator=generator)
+    if name in MADE:
+        x = to_float(data.test.images)  # (N, C, size, size)
+        low, high = extremes(x)
+        made = MADE[name](x, torch.Generator().manual_seed(seed))  # (N, C, size, size)
+        return to_uint8(made if name == 'constant' else low + (high - low) * stretch(made))
     if name == 'digits':
-        return match_channels(load_scans(size), channels)[:count]
-    raise DataError(f'--ood {name}: choose from {", ".join([*data.ood, "noise", "digits"])}')
+        return match_channels(load_scans(size), channels)
+    if name == 'letterpress':
+        return match_channels(load_letterpress(size, data_root, seed).test.images, channels)
+    if name in TORCHVISION:
+        dataset, _, train_arguments, test_arguments = TORCHVISION[name]
+        return read_torchvision(dataset, name, size, data_root, test_arguments or train_arguments, channels)[0]
+    if Path(name).exists():
+        return load_images(name, size, channels)[0]
+    raise DataError(f'--ood {name}: no such file or folder, and no set of that name; choose from '
+                    f'{", ".join([*data.ood, "letterpress", *MADE, "digits", *TORCHVISION])}')
 
 
 # --- files and pictures ---------------------------------------------------------------------------------------------

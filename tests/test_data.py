@@ -219,15 +219,81 @@ def test_letterpress_cache(small_press, tmp_path, monkeypatch, damage):
 # --- OOD sets and files ---------------------------------------------------------------------------------------------------
 
 def test_ood_sets_fit_the_data(glyphs):
-    """Every OOD set has the channels and size of the data; noise is seeded and uniform."""
+    """Every OOD set has the channels and size of the data, and is the same for the same seed; noise is uniform."""
     loaded = load_data(str(glyphs), 16)
-    for name in ('ood_ta', 'noise', 'digits'):
-        assert load_ood(name, loaded).shape[1:] == loaded.test.images.shape[1:]
-    noise = load_ood('noise', loaded, seed=3).float()
-    assert abs(noise.mean() - 127.5) < 3 and abs(noise.std() - 73.9) < 2
-    assert torch.equal(load_ood('noise', loaded, 3), load_ood('noise', loaded, 3))
-    with pytest.raises(DataError, match='ood_ta, noise, digits'):
+    for name in ('ood_ta', *data.MADE, 'digits'):
+        images = load_ood(name, loaded)
+        assert images.shape[1:] == loaded.test.images.shape[1:] and images.dtype == torch.uint8
+        assert torch.equal(images, load_ood(name, loaded))
+    assert not torch.equal(load_ood('noise', loaded, 3), load_ood('noise', loaded, 4))
+    with pytest.raises(DataError, match='ood_ta, letterpress, .*noise, .*digits, mnist'):
         load_ood('ood_tb', loaded)
+
+
+def test_changed_images_keep_the_contrast_of_those_they_came_from(glyphs):
+    """The darkest and the lightest pixel of every made image are those of the test image in its place, so that no set is
+    told by its handling; turning moves pixels and changes none; a mixture holds two different images."""
+    loaded = load_data(str(glyphs), 16)
+    test = loaded.test.images
+    for name in set(data.MADE) - {'constant'}:
+        made = load_ood(name, loaded)
+        assert torch.equal(made.amin((1, 2, 3)), test.amin((1, 2, 3))), name
+        assert torch.equal(made.amax((1, 2, 3)), test.amax((1, 2, 3))), name
+        assert not (made == test).flatten(1).all(1).any(), name
+    assert torch.equal(load_ood('flipped', loaded), test.flip(2, 3))
+    assert torch.equal(load_ood('rotated', loaded).rot90(-1, (2, 3)), test)
+    noise = data.stretch(load_ood('noise', loaded).float())
+    assert abs(noise.mean() - .5) < .01 and abs(noise.std() - 12 ** -.5) < .01
+    constant = load_ood('constant', loaded)
+    assert torch.equal(constant, constant[..., :1, :1].expand_as(constant)) and len(constant.unique()) > 12
+
+
+def test_shrunk_to_a_quarter(glyphs):
+    """Three quarters are one grey, and the last quarter is the whole image, half as high and wide."""
+    made = load_ood('shrunk', load_data(str(glyphs), 16))
+    assert (made[..., :8, :] == made[..., :1, :1]).all() and (made[..., :8] == made[..., :1, :1]).all()
+    assert made[..., 8:, 8:].float().std() > 20
+
+
+def test_sets_by_name_and_path(glyphs, tmp_path):
+    """Files, folders at any depth and arrays of any layout give the same images, named one by one; colour becomes grey
+    and grey becomes colour before anything else."""
+    random = np.random.default_rng(0)
+    colour = random.integers(0, 256, (3, 20, 30, 3), dtype=np.uint8)
+    (tmp_path / 'scans' / 'deep').mkdir(parents=True)
+    for i, image in enumerate(colour):
+        Image.fromarray(image).save(tmp_path / 'scans' / ('deep' if i else '') / f'{i}.png')
+    (tmp_path / 'scans' / 'notes.txt').write_text('no image')
+    np.save(tmp_path / 'last.npy', colour)
+    np.save(tmp_path / 'first.npy', colour.transpose(0, 3, 1, 2) / 255)
+    for channels in (1, 3):
+        images, names = data.load_images(tmp_path / 'scans', 16, channels)
+        assert images.shape == (3, channels, 16, 16) and [name[-5:] for name in names] == ['0.png', '1.png', '2.png']
+        one, _ = data.load_images(tmp_path / 'scans' / '0.png', 16, channels)
+        assert torch.equal(one, images[:1])
+        for name in ('last', 'first'):
+            other, names = data.load_images(tmp_path / f'{name}.npy', 16, channels)
+            assert (other.int() - images.int()).abs().max() <= 1 and names[2] == f'{tmp_path / name}.npy[2]'
+    grey = Image.fromarray(colour[0, :, :, 0])
+    grey.save(tmp_path / 'grey.png')
+    np.save(tmp_path / 'grey.npy', np.asarray(grey)[None])
+    assert torch.equal(data.load_images(tmp_path / 'grey.png', 16, 1)[0], data.load_images(tmp_path / 'grey.npy', 16, 1)[0])
+    with pytest.raises(DataError, match='no images'):
+        data.load_images(tmp_path / 'scans' / 'notes.txt' / '..' / '..' / 'nowhere', 16, 1)
+
+
+def test_ood_names_are_what_is_there(glyphs, tmp_path):
+    """The sets of the data, all that can be made, and torchvision's whose files are there, but never the data themselves."""
+    loaded = load_data(str(glyphs), 16)
+    assert data.ood_names(loaded, str(glyphs), tmp_path) == ['ood_ta', 'letterpress', *data.MADE, 'digits']
+    raw = tmp_path / 'MNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for stem in ('train', 't10k'):
+        (raw / f'{stem}-labels-idx1-ubyte').write_bytes(np.array([2049, 3], '>i4').tobytes() + bytes(3))
+        (raw / f'{stem}-images-idx3-ubyte').write_bytes(np.array([2051, 3, 28, 28], '>i4').tobytes() + bytes(3 * 28 * 28))
+    assert data.ood_names(loaded, 'digits', tmp_path) == ['ood_ta', *data.MADE, 'mnist']
+    assert load_ood('mnist', loaded, data_root=tmp_path).shape == (3, 1, 16, 16)
+    assert 'mnist' not in data.ood_names(loaded, 'mnist', tmp_path)
 
 
 def test_atomic_write_leaves_the_old_file_whole(tmp_path):
