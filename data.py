@@ -195,7 +195,7 @@ def load_glyphs(folder, image_size):
 
 def read_arrays(path, labelled):
     """Images (N, C, H, W), and labels int64 (N,) or None, from the arrays that np.save wrote to `path`, no pickles."""
-    wanted = 'images (N, H, W) or (N, H, W, 3)' + (', then integer labels (N,)' if labelled else '')
+    wanted = 'images (N, H, W), then integer labels (N,)' if labelled else 'one array of images (N, H, W) or (N, H, W, 3)'
     try:
         with open(path, 'rb') as file:
             images = np.load(file, allow_pickle=False)

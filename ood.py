@@ -462,10 +462,9 @@ def load_sets(args, data, checkpoint):
     """{name: uint8 (N, C, H, W)} of the OOD sets; a path goes by its stem, unless another set does already."""
     root, seed = args.data_root or checkpoint['args']['data_root'], checkpoint['args']['seed']
     sets = {}
-    with tqdm(args.ood or ood_names(data, checkpoint['data'], root), 'OOD sets', unit='set', leave=False) as bar:
-        for name in bar:
-            stem = Path(name).stem or name
-            sets[name if stem in sets else stem] = load_ood(name, data, seed, root)
+    for name in args.ood or ood_names(data, checkpoint['data'], root):
+        stem = Path(name).stem or name
+        sets[name if stem in sets else stem] = load_ood(name, data, seed, root)
     return sets
 
 

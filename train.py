@@ -25,15 +25,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import NAMES, DataError, atomic_write, load_data, save_figure, save_grid, write_csv
-from model import (CheckpointError, CommandLine, EnergyModel, fail, mistakes_told, read_checkpoint, real, save_checkpoint,
-                   whole)
+from model import (CheckpointError, CommandLine, EnergyModel, fail, folder, mistakes_told, read_checkpoint, real,
+                   save_checkpoint, whole)
 from sampler import Reservoir, prior, sgld
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples); saturated is
 # the share of pixels at -1 or 1 in samples beyond that in data.
 AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'grad_norm',
             'train_accuracy', 'saturated']
-ROUND = .15  # radius of the round bottom of the energy's valleys, in units of [-1, 1]
+ROUND = .3  # radius of the round bottom of the energy's valleys, in units of [-1, 1]
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
 
 
@@ -377,6 +377,8 @@ def resume(run, data):
                               'start anew with another --out')
     try:
         run.load_state_dict(checkpoint['run'])
+        if not all(weight.isfinite().all() for weight in run.model.parameters()):
+            raise ValueError('weights are not finite')
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f'{path}: holds no run that can go on here; start anew with another --out') from error
 
@@ -410,7 +412,7 @@ def build_parser():
     parser.add_argument('--data', default='letterpress', help='name or path of the data set, see data.py')
     parser.add_argument('--data-root', type=Path, default='.data', help='folder of downloads and of rendered letterpress')
     parser.add_argument('--image-size', type=whole(16), help='side of the images; the default is the data set\'s own')
-    parser.add_argument('--out', type=Path, default='.', help='folder to write into')
+    parser.add_argument('--out', type=folder, default='.', help='folder to write into')
     parser.add_argument('--resume', action='store_true', help='go on with the run in --out')
     parser.add_argument('--overwrite', action='store_true', help='start anew although --out holds a run')
 
@@ -426,10 +428,10 @@ def build_parser():
     group = parser.add_argument_group('optimisation')
     group.add_argument('--epochs', type=whole(1), default=60, help='rounds through the training images')
     group.add_argument('--batch-size', type=whole(1), default=32, help='images, and chains, in an update')
-    group.add_argument('--lr', type=real(0), default=1e-3, help='learning rate of Adam')
+    group.add_argument('--lr', type=real(1e-9), default=1e-3, help='learning rate of Adam')
     group.add_argument('--lr-decay', type=real(0, 1), default=.98, help='factor on the rate after each epoch')
     group.add_argument('--warmup', type=whole(1), default=100, help='updates over which the rate rises to --lr')
-    group.add_argument('--clip-norm', type=real(0), default=10., help='longest gradient of the weights')
+    group.add_argument('--clip-norm', type=real(1e-9), default=10., help='longest gradient of the weights')
     group.add_argument('--ema', type=real(0, 1), default=.99, help='of the averaged weights, which are validated and saved')
     group.add_argument('--data-noise', type=real(0), default=.03, help='standard deviation of the noise on data and samples')
     group.add_argument('--guard', action=argparse.BooleanOptionalAction, default=True,
@@ -445,8 +447,8 @@ def build_parser():
     group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
     group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
-    group.add_argument('--step-size', type=real(0), help='default: .1 * pixels / slope, which moves pixels by up to .1')
-    group.add_argument('--noise', type=real(0), default=.03, help='standard deviation of the noise of a step')
+    group.add_argument('--step-size', type=real(1e-9), help='default: .1 * pixels / slope, which moves pixels by up to .1')
+    group.add_argument('--noise', type=real(0), default=.02, help='standard deviation of the noise of a step')
     group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. at .03')
     parser.add_shared_arguments()
     return parser
@@ -463,6 +465,8 @@ def parse_args(argv=None):
         args.conditional = args.model == 'jem'
     if args.data not in NAMES and Path(args.data).is_dir():
         args.data = str(Path(args.data).resolve())  # so that ood.py finds it from any folder
+    if not (args.px_weight or args.pyx_weight):
+        parser.error('--px-weight 0 and --pyx-weight 0: nothing is left to learn; leave one of them out')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0, or use --model jem')
     return args
@@ -481,6 +485,8 @@ def resumed_args(parser, argv, out):
         parser.error(str(error))
     parser.set_defaults(**{key: value for key, value in saved.items() if key not in ('out', 'resume', 'overwrite')})
     args = parser.parse_args(argv)
+    if args.epochs < saved['epochs']:
+        parser.error(f'--epochs {args.epochs}: the run in {out} has {saved["epochs"]} to do; name at least as many')
     for key, value in saved.items():
         if key not in FREE and str(getattr(args, key)) != str(value):
             parser.error(f'--{key.replace("_", "-")}: the run in {out} has {value}, and --resume keeps that; leave the flag '
@@ -490,8 +496,6 @@ def resumed_args(parser, argv, out):
 
 def check_out(args):
     """A run in --out is neither overwritten nor continued unasked."""
-    if args.out.exists() and not args.out.is_dir():
-        fail(f'--out {args.out}: is a file; name a folder')
     there = [name for name in ('best.pt', 'last.pt', 'log.csv') if (args.out / name).exists()]
     if there and not (args.resume or args.overwrite):
         fail(f'--out {args.out}: {there[0]} is there already; go on with --resume, start anew with --overwrite, or name '
