@@ -196,6 +196,8 @@ def train(args, data):
     run = Run(args, data)
     if args.resume:
         resume(run, data)
+    if args.overwrite:
+        remove_old_run(args.out)
     train_split, val_split = data.train.to(args.device), data.val.to(args.device)
     save_run(run, data)  # a folder that cannot be written is told now, not after an epoch
     if args.model == 'ebm':
@@ -523,8 +525,6 @@ def main(argv=None):
         check_out(args)
         data = load_data(args.data, args.image_size, args.data_root, args.seed)
         check_data(args, data)
-        if args.overwrite:
-            remove_old_run(args.out)
         status = train(args, data)
     if status:
         sys.exit(status)

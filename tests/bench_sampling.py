@@ -113,7 +113,8 @@ def compare(size, batch, steps, precision, pairs, device):
         for speed, sampler in zip(speeds, (theirs, ours)):
             speed.append(batch * steps / times[sampler])
         ratios.append(times[theirs] / times[ours])
-    start = prior('uniform', (512, *shape), torch.Generator(device).manual_seed(1), device)  # the same law from the same start
+    # The same law from the same start?
+    start = prior('uniform', (512, *shape), torch.Generator(device).manual_seed(1), device)
     ends = [theirs.walk(start.clone(), steps), sgld(model.energy, start, steps, STEP_SIZE, NOISE, CLIP)]  # (512, C, H, W)
     with torch.no_grad():
         e = [plain.energy(x).double() for x in ends]  # (512,) both
@@ -160,7 +161,7 @@ def main():
     device = choose_device(args.device)
     print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, '
           f'torch {torch.__version__}')
-    print('size batch    K       tutorial, image-steps/s    ours, image-steps/s     ratio              energies, their error')
+    print('size batch    K      tutorial, image-steps/s   ours, image-steps/s    ratio              energies, their error')
     for precision in dict.fromkeys((choose_precision('auto', device), 'fp32')):
         limit = matrix_speed(precision, device)
         for size, batch in ((56, 32), (56, 128), (28, 32), (28, 128)):

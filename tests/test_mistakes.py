@@ -109,7 +109,7 @@ train --data GLYPHS --precision fp8                     | --precision: invalid c
 train --data nowhere                                    | --data nowhere: no such folder ... letterpress, digits, mnist
 train --data GLYPHS/val.npy                             | --data GLYPHS/val.npy: no such folder
 train --data letterpress --data-root note.txt           | note.txt ... cannot be written ... name another folder
-train --data mnist --data-root note.txt                 | --data mnist: missing or damaged under --data-root note.txt
+train --data mnist --data-root note.txt                 | mnist: missing or damaged under --data-root note.txt
 train --data GLYPHS --out note.txt                      | --out ... note.txt is a file; name a folder
 train --data GLYPHS --out note.txt/new                  | --out ... note.txt is a file; name a folder
 train --data GLYPHS --out run                           | --out run: best.pt is there already ... --resume ... --overwrite

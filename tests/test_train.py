@@ -63,7 +63,7 @@ def test_matching_is_met_by_the_valley_itself():
 
 
 def test_matching_teaches_the_weights():
-    """Descent on the term alone turns the energy of a network into a valley: its gradient gets to the weights through dE/dx."""
+    """Descent on the term alone turns the energy of a network into a valley: gradients reach weights through dE/dx."""
     torch.manual_seed(0)
     model, x = EnergyModel(1, width=4), torch.zeros(16, 1, 16, 16)
     optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
