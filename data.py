@@ -14,6 +14,7 @@ a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribut
 import contextlib
 import csv
 import io
+import math
 import os
 import zipfile
 from dataclasses import dataclass, field
@@ -220,6 +221,25 @@ def read_image(path):
             return TF.pil_to_tensor(Image.alpha_composite(paper, image).convert('RGB'))  # (3, H, W)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # whatever Pillow makes of the bytes
         raise DataError(f'{path}: not readable as an image ({error}); replace it or take it away') from error
+
+
+def load_images(path, image_size, channels):
+    """Anybody's images, from one file or a folder of files, prepared like every data set.
+
+    Returns:
+        uint8 (N, channels, image_size, image_size), in the order of the files' names.
+
+    Raises:
+        DataError: there is no such file, no file in the folder, or one that is no image.
+    """
+    path = Path(path)
+    files = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise DataError(f'{path}: no images in this folder; name an image or a folder of images')
+    images = torch.cat([prepare(read_image(file)[None], image_size) for file in files])  # (N, 3, size, size)
+    if channels == 1 and (images == images[:, :1]).all():
+        return images[:, :1]  # grey files, (N, 3, size, size) -> (N, 1, size, size) without rounding
+    return match_channels(images, channels)
 
 
 TORCHVISION = {  # name: class, image size, arguments for the training part, arguments for the test part
@@ -497,7 +517,16 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None):
+def save_gif(frames, path):
+    """Write states of a batch of images, a list of (N, C, H, W) in [-1, 1], as a film of one square grid; its end stays."""
+    zoom = max(1, round(112 / frames[0].shape[3]))  # screen pixels for one image pixel
+    grids = [make_grid(to_uint8(x.cpu()), nrow=math.ceil(len(x) ** .5), pad_value=255) for x in frames]  # (3, rows, columns)
+    first, *others = [TF.to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)) for grid in grids]
+    with atomic_write(path) as file:
+        first.save(file, 'GIF', save_all=True, append_images=others, duration=[80] * len(others) + [2000], loop=0)
+
+
+def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None, curve=None):
     """Write images as a grid that explains itself.
 
     Args:
@@ -505,6 +534,7 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
         path: PNG file to write.
         columns: images in a row.
         title, rows, heads, captions: text above the grid, left of each row, above each column, below each image.
+        curve: (name, values (K + 1,)): a plot below the grid, over the steps 0 ... K.
     """
     height, width = x.shape[2:]
     zoom = max(1, round(56 / width))  # screen pixels for one image pixel
@@ -513,9 +543,11 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     grid = make_grid(to_uint8(x), nrow=columns, padding=0).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
     left = 8 * max((len(str(row)) for row in rows), default=0) + 8 if rows else 8
     top = 8 + 16 * sum(text is not None for text in (title, heads))
-    size = np.array([left + 8 + zoom * grid.shape[1], top + 8 + zoom * grid.shape[0]])  # screen pixels
+    bottom = 8 if curve is None else 208
+    size = np.array([left + 8 + zoom * grid.shape[1], top + bottom + zoom * grid.shape[0]])  # screen pixels
     figure = plt.figure(figsize=size / 100, dpi=100)
-    axes = figure.add_axes([left / size[0], 8 / size[1], zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
+    axes = figure.add_axes([left / size[0], bottom / size[1],
+                            zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
     axes.imshow(grid, interpolation='nearest', aspect='auto')
     axes.set_axis_off()
     for i, text in enumerate(rows or []):
@@ -525,6 +557,12 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     for i, text in enumerate(captions or []):
         axes.text(i % columns * (width + 2) + width / 2, i // columns * (height + gap) + height + 1 / zoom, text,
                   ha='center', va='top', fontsize=6)
+    if curve:
+        plot = figure.add_axes([max(left, 60) / size[0], 45 / size[1], 1 - (max(left, 60) + 12) / size[0], 145 / size[1]])
+        plot.plot(curve[1])
+        plot.set_xlabel('step', fontsize=8)
+        plot.set_ylabel(curve[0], fontsize=8)
+        plot.tick_params(labelsize=7)
     if title:
         figure.text(left / size[0], 1 - 4 / size[1], title, ha='left', va='top', fontsize=9)
     save_figure(figure, path)
