@@ -544,8 +544,8 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     left = 8 * max((len(str(row)) for row in rows), default=0) + 8 if rows else 8
     top = 8 + 16 * sum(text is not None for text in (title, heads))
     bottom = 8 if curve is None else 208
-    size = np.array([left + 8 + zoom * grid.shape[1], top + bottom + zoom * grid.shape[0]])  # screen pixels
-    figure = plt.figure(figsize=size / 100, dpi=100)
+    size = np.array([left + 8 + max(zoom * grid.shape[1], 7 * len(title or '')), top + bottom + zoom * grid.shape[0]])
+    figure = plt.figure(figsize=size / 100, dpi=100)  # so that `size` counts screen pixels
     axes = figure.add_axes([left / size[0], bottom / size[1],
                             zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
     axes.imshow(grid, interpolation='nearest', aspect='auto')

@@ -30,8 +30,7 @@ from data import DataError, atomic_write, load_data, load_images, save_gif, save
 from model import CommandLine, fail, load_model, mistakes_told, real, whole
 from sampler import prior, randn, sgld
 
-CHUNK = 32  # chains that run together: bounds the memory, and always the same number, since convolutions of a few images may
-#             add up in another order than those of many
+CHUNK = 32  # chains that run together, to bound memory; always as many, since convolutions of fewer may round differently
 
 # Last states x (N, C, H, W), the energies at steps 0 ... K, curve (K + 1, N), and the states {step: (N, C, H, W)} asked for.
 Chains = namedtuple('Chains', 'x curve states')
@@ -50,8 +49,7 @@ def draw(energy, start, streams, checkpoint, args, given=(), free=None, noise=No
         noise: instead of the settings' own; 0 makes the chain a function of its start.
         keep: the steps whose states are wanted.
     """
-    settings = sampler_settings(checkpoint, args)
-    settings['noise'] = settings['noise'] if noise is None else noise
+    settings = {**checkpoint['sampler'], **({} if noise is None else {'noise': noise})}
     count, frames = len(start), {round(step) for step in np.linspace(0, args.steps, 60)} if args.gif else set()
     free = torch.ones_like(start, dtype=torch.bool) if free is None else free
     start, free, *given = (pad(tensor) for tensor in (start, free, *given))
@@ -68,7 +66,9 @@ def draw(energy, start, streams, checkpoint, args, given=(), free=None, noise=No
                 if k in states:
                     states[k].append(x)
 
-            chunk_energy = partial(call_with, energy, [tensor[part] for tensor in given])
+            def chunk_energy(x):
+                return energy(x, *(tensor[part] for tensor in given))
+
             xs.append(sgld(chunk_energy, start[part], args.steps, generator=streams[part], callback=watch, free=free[part],
                            **settings))
             watch(args.steps, xs[-1], chunk_energy(xs[-1]))
@@ -80,19 +80,9 @@ def draw(energy, start, streams, checkpoint, args, given=(), free=None, noise=No
     return Chains(torch.cat(xs)[:count], torch.cat(curves, dim=1)[:, :count], states)
 
 
-def call_with(energy, given, x):
-    return energy(x, *given)
-
-
 def pad(tensor):
     """Repeat the last row until (N, ...) fills its chunks."""
     return torch.cat([tensor, tensor[-1:].expand(-len(tensor) % CHUNK, *tensor.shape[1:])])
-
-
-def sampler_settings(checkpoint, args):
-    """The checkpoint's own SGLD settings, with what the command line says instead."""
-    given = {'step_size': args.step_size, 'noise': args.noise}
-    return {**checkpoint['sampler'], **{key: value for key, value in given.items() if value is not None}}
 
 
 def start_noise(count, checkpoint, args):
@@ -199,7 +189,7 @@ def reconstruct(model, checkpoint, args):
     noise (Nijkamp et al. 2019, section 5). The graph of a step is built when its gradient is due: memory holds one."""
     x = given_images(checkpoint, args)  # (N, C, H, W)
     streams, z = start_noise(len(x), checkpoint, args)
-    step = partial(sgld, model.energy, steps=1, differentiable=True, **{**sampler_settings(checkpoint, args), 'noise': 0.})
+    step = partial(sgld, model.energy, steps=1, differentiable=True, **{**checkpoint['sampler'], 'noise': 0.})
     found = z.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([found], lr=.02)
     for _ in tqdm(range(args.iterations), desc='reconstruct', unit='iteration'):
@@ -235,7 +225,7 @@ def inpaint(model, checkpoint, args):
     mean = known.sum((2, 3), keepdim=True) / (~missing).sum((2, 3), keepdim=True).clamp_min(1)  # (N, C, 1, 1)
     completions = {f'SGLD {i + 1}': done[:, i] for i in range(args.count)}  # (N, C, H, W) each
     columns = {'image': x, 'noise': start[::args.count], 'mean fill': torch.where(missing, mean, x), **completions,
-               'SGLD mean': done.mean(1)}
+               'SGLD mean': torch.where(missing, done.mean(1), x)}  # a mean of equal numbers may round
     title = f'missing pixels ({args.mask}) filled in; PSNR on those, in dB'
     return save_columns(columns, [name for name in columns if name != 'image'], title, args, missing)
 
@@ -245,10 +235,9 @@ def missing_pixels(streams, checkpoint, args):
     size = checkpoint['image_size']
     at = torch.arange(size, device=args.device)
     inner = (at >= size // 4) & (at < size - size // 4)  # (W,)
-    if args.mask in ('random', 'salt-and-pepper'):
-        share = .75 if args.mask == 'random' else .5
-        threshold = torch.distributions.Normal(0, 1).icdf(torch.tensor(share)).item()
-        return randn((len(streams), 1, size, size), streams, args.device) < threshold
+    if args.mask in ('random', 'salt-and-pepper'):  # three quarters of N(0, 1) lie below .674
+        limit = .674 if args.mask == 'random' else 0.
+        return randn((len(streams), 1, size, size), streams, args.device) < limit
     if args.mask == 'left':
         missing = (at < size // 2).expand(size, -1)  # (W,) -> (H, W)
     elif args.mask == 'centre':
@@ -271,7 +260,7 @@ def denoise(model, checkpoint, args):
     s = torch.tensor(args.strengths, device=args.device).repeat_interleave(len(x)).view(-1, 1, 1, 1)  # (S * N, 1, 1, 1)
     y = x.repeat(len(args.strengths), 1, 1, 1)  # (S * N, C, H, W)
     y = y + s * randn(y.shape, streams, args.device)
-    weight = args.data_weight / sampler_settings(checkpoint, args)['step_size'] / s.flatten() ** 2  # (S * N,)
+    weight = args.data_weight / checkpoint['sampler']['step_size'] / s.flatten() ** 2  # (S * N,)
 
     def posterior(x, y, weight):
         return model.energy(x) + weight / 2 * (x - y).square().sum((1, 2, 3))
@@ -285,10 +274,10 @@ def denoise(model, checkpoint, args):
 
 def total_variation(y, s):
     """Denoise by gradient descent on |u - y|^2 / 2 + s / 2 * sum |grad u| (Rudin, Osher and Fatemi 1992), (B, C, H, W)."""
-    def objective(u):
+    def objective(u):  # (B, C, H, W) -> (B,)
         across, down = u[..., :-1, 1:] - u[..., :-1, :-1], u[..., 1:, :-1] - u[..., :-1, :-1]  # (B, C, H - 1, W - 1)
         length = (across.square() + down.square() + 1e-4).sqrt()
-        return ((u - y).square().sum((1, 2, 3)) + s.flatten() * length.sum((1, 2, 3))) / 2  # (B,)
+        return ((u - y).square().sum((1, 2, 3)) + s.flatten() * length.sum((1, 2, 3))) / 2
 
     return sgld(objective, y, 200, step_size=.05, noise=0., clamp=None)  # the same descent, another energy
 
@@ -300,8 +289,7 @@ def compose(model, checkpoint, args):
         fail('--mode compose: name two classes with --classes, or a second checkpoint with --ckpt2, or both')
     others = load_model(args.ckpt2, args.device, args.precision) if args.ckpt2 else (model, checkpoint)
     if image_shape(others[1]) != image_shape(checkpoint):
-        fail(f'--ckpt2 {args.ckpt2}: its images are {image_shape(others[1])} and those of --ckpt {image_shape(checkpoint)}; '
-             'name one of the same size and channels')
+        fail(f'--ckpt2 {args.ckpt2}: images {image_shape(others[1])}, but --ckpt {image_shape(checkpoint)}; name one alike')
     experts = [expert(*pair, name, args) for pair, name in zip([(model, checkpoint), others], names)]
 
     kind = torch.arange(len(COMPOSITIONS), device=args.device).repeat_interleave(args.count)  # (5 * count,)
@@ -309,9 +297,8 @@ def compose(model, checkpoint, args):
     streams, z = [stream for part, _ in starts for stream in part], torch.cat([z for _, z in starts])  # (5 * count, C, H, W)
     x = draw(composed(*experts, args.weight), z, streams, checkpoint, args, (kind,)).x
     texts = [f'{e1:.1f} {e2:.1f}' for e1, e2 in zip(*(energy(x).tolist() for energy in experts))]
-    names = args.classes or [args.ckpt.stem, args.ckpt2.stem]
-    save_grid(x, args.out / 'compose.png', args.count, 'E1 and E2 below each image',
-              rows=[f'1: {names[0]}', f'2: {names[1]}', *list(COMPOSITIONS)[2:]], captions=texts)
+    rows = [f'1: {names[0] or args.ckpt.stem}', f'2: {names[1] or args.ckpt2.stem}', *list(COMPOSITIONS)[2:]]
+    save_grid(x, args.out / 'compose.png', args.count, 'E1 and E2 below each image', rows=rows, captions=texts)
     return x
 
 
@@ -323,8 +310,8 @@ def concepts(model, checkpoint, args):
     y = logits.topk(min(3, logits.shape[1])).indices  # (N, 3)
     if args.classes:
         y = class_labels(args.classes, checkpoint, args.device).expand(len(x), -1)  # (R,) -> (N, R)
+    y = y if checkpoint['class_names'] else y[:, :0]
     e = -torch.cat([logits.logsumexp(1, keepdim=True), logits.gather(1, y)], dim=1)  # (N, 1 + R)
-    e = e if checkpoint['class_names'] else e[:, :1]
     gradients = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in e.T]  # (N, C, H, W) each
     x = x.detach()
     shown = torch.stack([x.expand(-1, 3, -1, -1), *(heat_map(x, g) for g in gradients)], dim=1)  # (N, 2 + R, 3, H, W)
@@ -347,7 +334,7 @@ def heat_map(x, gradient):
 
 # Mode: its function, and its default number of SGLD steps.
 MODES = {'samples': (samples, 256), 'chain': (chain, 256), 'interpolate': (interpolate, 256),
-         'reconstruct': (reconstruct, 32), 'inpaint': (inpaint, 256), 'denoise': (denoise, 64), 'compose': (compose, 256),
+         'reconstruct': (reconstruct, 32), 'inpaint': (inpaint, 256), 'denoise': (denoise, 128), 'compose': (compose, 256),
          'concepts': (concepts, 0)}
 
 
@@ -375,8 +362,7 @@ def given_images(checkpoint, args):
     trained, name = checkpoint['args'], args.data or checkpoint['data']
     test = load_data(name, size, args.data_root or trained['data_root'], trained['seed']).test
     if test.images.shape[1] != channels:
-        raise DataError(f'--data {name}: {test.images.shape[1]} channels, and {args.ckpt} was trained on {channels}; name '
-                        'the data of the training')
+        raise DataError(f'--data {name}: has not the {channels} channels of the training; name the data of {args.ckpt}')
     index = torch.linspace(0, len(test) - 1, min(args.images, len(test))).long()
     return test.to(args.device).batch(index.to(args.device))[0]
 
@@ -450,12 +436,14 @@ def parse_args(argv=None):
                        'salt-and-pepper (half), or an image that is white where pixels are missing')
     group.add_argument('--strengths', type=real(.001), nargs='+', default=[.2, .4, .8], metavar='S', help='of the noise to '
                        'take away, in units of pixel value')
-    group.add_argument('--data-weight', type=real(0), default=.004, help='of the data term of denoise, see there')
+    group.add_argument('--data-weight', type=real(0), default=.002, help='of the data term of denoise, see there')
     group.add_argument('--iterations', type=whole(1), default=100, help='of Adam in reconstruct')
     group.add_argument('--ckpt2', type=Path, help='second expert of compose')
-    group.add_argument('--weight', type=real(0), default=.5, help='w of the negation E1 - w E2 in compose')
+    group.add_argument('--weight', type=real(0), default=.2, help='w of the negation E1 - w E2 in compose')
     parser.add_shared_arguments()
     args = parser.parse_args(argv)
+    if args.gif and args.mode == 'concepts':
+        parser.error('--gif: the mode concepts has no chains to film; leave the flag out')
     args.steps = args.steps or MODES[args.mode][1]
     return args
 
@@ -464,6 +452,8 @@ def main(argv=None):
     args = parse_args(argv)
     with mistakes_told(DataError):
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
+        asked = {'step_size': args.step_size, 'noise': args.noise}  # instead of the settings that the checkpoint has
+        checkpoint['sampler'] |= {key: value for key, value in asked.items() if value is not None}
         x = MODES[args.mode][0](model, checkpoint, args)
         with atomic_write(args.out / f'{args.mode}.npy') as file:
             np.save(file, x.cpu().numpy())
