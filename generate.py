@@ -3,8 +3,8 @@
     python generate.py --ckpt best.pt                              64 samples, of classes as frequent as in the data
     python generate.py --ckpt best.pt --classes a b c              eight of p(x|y) for each class
     python generate.py --ckpt best.pt --mode chain --classes a b   what the chain does on its way from noise, with energies
-    python generate.py --ckpt best.pt --mode inpaint --mask left   fill in what is missing from test images
-    python generate.py --ckpt best.pt --mode denoise --start FILE  the same of your own image, or a folder of them
+    python generate.py --ckpt best.pt --mode inpaint --mask left   fill in the left halves of test images
+    python generate.py --ckpt best.pt --mode concepts --start FILE the gradient of the energy at an image of yours
 
 Every mode is the one sampler, `draw`, with another start, another energy or a mask:
 
@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
@@ -52,32 +51,34 @@ def draw(energy, start, streams, checkpoint, args, given=(), free=None, noise=No
     settings = {**checkpoint['sampler'], **({} if noise is None else {'noise': noise})}
     count, frames = len(start), {round(step) for step in np.linspace(0, args.steps, 60)} if args.gif else set()
     free = torch.ones_like(start, dtype=torch.bool) if free is None else free
-    start, free, *given = (pad(tensor) for tensor in (start, free, *given))
-    streams = streams + [torch.Generator(args.device)] * (len(start) - count)
-    xs, curves, states = [], [], {step: [] for step in sorted(frames | {*keep})}
-
-    with tqdm(total=args.steps * (len(start) // CHUNK), desc=args.mode, unit='step') as bar:
-        for part in (slice(at, at + CHUNK) for at in range(0, len(start), CHUNK)):
-            curve = []
-
-            def watch(k, x, e):
-                bar.update(k > 0)
-                curve.append(e)
-                if k in states:
-                    states[k].append(x)
-
-            def chunk_energy(x):
-                return energy(x, *(tensor[part] for tensor in given))
-
-            xs.append(sgld(chunk_energy, start[part], args.steps, generator=streams[part], callback=watch, free=free[part],
-                           **settings))
-            watch(args.steps, xs[-1], chunk_energy(xs[-1]))
-            curves.append(torch.stack(curve))  # K + 1 times (CHUNK,) -> (K + 1, CHUNK)
-
-    states = {step: torch.cat(parts)[:count] for step, parts in states.items()}
+    streams = streams + [torch.Generator(args.device)] * (-count % CHUNK)
+    tensors = [pad(tensor) for tensor in (start, free, *given)]
+    with tqdm(total=args.steps * (len(streams) // CHUNK), desc=args.mode, unit='step') as bar:
+        parts = [draw_chunk(energy, *(tensor[at:at + CHUNK] for tensor in tensors), steps=args.steps, keep=frames | {*keep},
+                            bar=bar, generator=streams[at:at + CHUNK], **settings) for at in range(0, count, CHUNK)]
+    xs, curves, states = zip(*parts)
+    states = {step: torch.cat([part[step] for part in states])[:count] for step in states[0]}
     if args.gif:
         save_gif([states[step] for step in sorted(frames)], args.out / f'{args.mode}.gif')
     return Chains(torch.cat(xs)[:count], torch.cat(curves, dim=1)[:, :count], states)
+
+
+def draw_chunk(energy, start, free, *given, steps, keep, bar, **settings):
+    """The chains of one chunk: last states (B, C, H, W), energies (steps + 1, B), and the states at the steps in `keep`."""
+    curve, states = [], {}
+
+    def watch(k, x, e):
+        bar.update(k > 0)
+        curve.append(e)
+        if k in keep:
+            states[k] = x
+
+    def energy_of(x):
+        return energy(x, *given)
+
+    x = sgld(energy_of, start, steps, callback=watch, free=free, **settings)
+    watch(steps, x, energy_of(x))
+    return x, torch.stack(curve), states  # K + 1 times (B,) -> (K + 1, B)
 
 
 def pad(tensor):
@@ -113,9 +114,8 @@ def guided(model, args):
     return energy
 
 
-# What two experts make of an image, from their energies (B,) each (Du and Mordatch 2019; Du et al. 2020, "Compositional
-# visual generation with energy based models"). A product has steeper energies than its experts: exp(-2 E) is E at half the
-# temperature.
+# Energies (B,) of two experts composed (Du et al. 2020, "Compositional visual generation with energy based models").
+# E + E is E at half the temperature.
 COMPOSITIONS = {'1': lambda e1, e2, w: e1,
                 '2': lambda e1, e2, w: e2,
                 '1 and 2': lambda e1, e2, w: e1 + e2,  # product of experts
@@ -180,8 +180,7 @@ def interpolate(model, checkpoint, args):
 
 
 def mix_noise(z1, z2, rho):
-    """The mixture of two noises that keeps their variance."""
-    return rho.sqrt() * z1 + (1 - rho).sqrt() * z2
+    return rho.sqrt() * z1 + (1 - rho).sqrt() * z2  # of the same variance as z1 and z2
 
 
 def reconstruct(model, checkpoint, args):
@@ -284,8 +283,8 @@ def total_variation(y, s):
 
 def compose(model, checkpoint, args):
     """Two experts, alone and composed, from the same noises: E(x, y) of two classes, or the energies of two checkpoints."""
-    names = args.classes or [None, None]
-    if len(names) != 2 or not (args.classes or args.ckpt2):
+    names = args.classes or ([None, None] if args.ckpt2 else [])
+    if len(names) != 2:
         fail('--mode compose: name two classes with --classes, or a second checkpoint with --ckpt2, or both')
     others = load_model(args.ckpt2, args.device, args.precision) if args.ckpt2 else (model, checkpoint)
     if image_shape(others[1]) != image_shape(checkpoint):
@@ -315,12 +314,11 @@ def concepts(model, checkpoint, args):
     gradients = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in e.T]  # (N, C, H, W) each
     x = x.detach()
     shown = torch.stack([x.expand(-1, 3, -1, -1), *(heat_map(x, g) for g in gradients)], dim=1)  # (N, 2 + R, 3, H, W)
-    texts = [[f'{value:.2f}' for value in row] for row in e.tolist()]
-    for row, labels in zip(texts, y):
-        row[1:] = [f'{name}: {text}' for name, text in zip(class_names(labels, checkpoint), row[1:])]
+    texts = [f'{name} {value:.2f}' if name else '' for labels, row in zip(y, e.tolist())
+             for name, value in zip(['', 'E', *class_names(labels, checkpoint)], [0., *row])]
     heads = ['image', 'E(x)', *['E(x, y)'] * (e.shape[1] - 1)]
     save_grid(shown.flatten(0, 1), args.out / 'concepts.png', len(heads), 'dE/dx: red, a brighter pixel raises the energy',
-              heads=heads, captions=[text for row in texts for text in ('', *row)])
+              heads=heads, captions=texts)
     return torch.stack(gradients, dim=1).flatten(0, 1)  # (N, 1 + R, C, H, W) -> (N * (1 + R), C, H, W)
 
 
@@ -368,13 +366,8 @@ def given_images(checkpoint, args):
 
 
 def save_columns(columns, scored, title, args, where=None):
-    """Draw up to eight images a row with what became of them, print PSNRs, and return all of it, (N * columns, C, H, W).
-
-    Args:
-        columns: name: (N, C, H, W), the first of them the image itself.
-        scored: names of the columns to compare with it.
-        where: bool (N, 1, H, W), the pixels that count; None is all.
-    """
+    """Draw up to eight images, each with what became of it, print PSNRs, and return all, (N * columns, C, H, W). `columns` is
+    {name: (N, C, H, W)}, the images first; those in `scored` are compared with them over the pixels `where`."""
     x = next(iter(columns.values()))
     scores = {name: psnr(columns[name], x, where) for name in scored}  # (N,) each
     for name, score in scores.items():
@@ -416,7 +409,8 @@ def parse_args(argv=None):
     parser.add_argument('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     parser.add_argument('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     parser.add_argument('--classes', nargs='+', metavar='CLASS', help='names or numbers of classes, for E(x, y)')
-    parser.add_argument('--guidance', type=real(0), default=1., help='w of E(x) + w (E(x, y) - E(x))')
+    parser.add_argument('--guidance', type=real(0), default=1., help='w of E(x) + w (E(x, y) - E(x)), wherever '
+                        'an energy has a class')
     parser.add_argument('--count', type=whole(1), default=8, help='samples a class, rows of eight, chains, or completions')
     parser.add_argument('--steps', type=whole(1), help='SGLD steps; the default is that of the mode: '
                         + ', '.join(f'{name} {steps}' for name, (_, steps) in MODES.items() if steps))
