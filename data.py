@@ -14,6 +14,7 @@ a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribut
 import contextlib
 import csv
 import io
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,21 @@ def load_data(name, image_size=None, data_root='.data', seed=0):
     if folder.is_dir():
         return load_folder(folder, image_size or 56, seed)
     raise DataError(f'--data {name}: no such folder, and no data set of that name ({", ".join(NAMES)})')
+
+
+def load_trained(checkpoint, name=None, data_root=None):
+    """The data that a checkpoint (its dictionary) was trained on, from where they lie now, if `name` or `data_root` say so.
+
+    Raises:
+        DataError: they are missing, damaged, or other data.
+    """
+    trained, name = checkpoint['args'], name or checkpoint['data']
+    data = load_data(name, checkpoint['image_size'], data_root or trained['data_root'], trained['seed'])
+    if (data.test.images.shape[1] != checkpoint['settings']['channels']
+            or checkpoint['class_names'] not in ([], data.class_names)):
+        raise DataError(f'--data {name}: its channels or classes are not those of the checkpoint; name the data that it was '
+                        'trained on')
+    return data
 
 
 def split_stratified(images, labels, class_names, seed, name):
@@ -617,7 +633,16 @@ def save_figure(figure, path):
     plt.close(figure)
 
 
-def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None):
+def save_gif(frames, path):
+    """Write states of a batch of images, a list of (N, C, H, W) in [-1, 1], as a film of one square grid; its end stays."""
+    zoom = max(1, round(112 / frames[0].shape[3]))  # screen pixels for one image pixel
+    grids = [make_grid(to_uint8(x.cpu()), nrow=math.ceil(len(x) ** .5), pad_value=255) for x in frames]  # (3, rows, columns)
+    first, *others = [TF.to_pil_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)) for grid in grids]
+    with atomic_write(path) as file:
+        first.save(file, 'GIF', save_all=True, append_images=others, duration=[80] * len(others) + [2000], loop=0)
+
+
+def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None, curve=None):
     """Write images as a grid that explains itself.
 
     Args:
@@ -625,6 +650,7 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
         path: PNG file to write.
         columns: images in a row.
         title, rows, heads, captions: text above the grid, left of each row, above each column, below each image.
+        curve: (name, values (K + 1,)): a plot below the grid, over the steps 0 ... K.
     """
     height, width = x.shape[2:]
     zoom = max(1, round(56 / width))  # screen pixels for one image pixel
@@ -633,9 +659,11 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     grid = make_grid(to_uint8(x), nrow=columns, padding=0).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
     left = 8 * max((len(str(row)) for row in rows), default=0) + 8 if rows else 8
     top = 8 + 16 * sum(text is not None for text in (title, heads))
-    size = np.array([left + 8 + zoom * grid.shape[1], top + 8 + zoom * grid.shape[0]])  # screen pixels
-    figure = plt.figure(figsize=size / 100, dpi=100)
-    axes = figure.add_axes([left / size[0], 8 / size[1], zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
+    bottom = 8 if curve is None else 208
+    size = np.array([left + 8 + max(zoom * grid.shape[1], 7 * len(title or '')), top + bottom + zoom * grid.shape[0]])
+    figure = plt.figure(figsize=size / 100, dpi=100)  # so that `size` counts screen pixels
+    axes = figure.add_axes([left / size[0], bottom / size[1],
+                            zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
     axes.imshow(grid, interpolation='nearest', aspect='auto')
     axes.set_axis_off()
     for i, text in enumerate(rows or []):
@@ -645,6 +673,12 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     for i, text in enumerate(captions or []):
         axes.text(i % columns * (width + 2) + width / 2, i // columns * (height + gap) + height + 1 / zoom, text,
                   ha='center', va='top', fontsize=6)
+    if curve:
+        plot = figure.add_axes([max(left, 60) / size[0], 45 / size[1], 1 - (max(left, 60) + 12) / size[0], 145 / size[1]])
+        plot.plot(curve[1])
+        plot.set_xlabel('step', fontsize=8)
+        plot.set_ylabel(curve[0], fontsize=8)
+        plot.tick_params(labelsize=7)
     if title:
         figure.text(left / size[0], 1 - 4 / size[1], title, ha='left', va='top', fontsize=9)
     save_figure(figure, path)

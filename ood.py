@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from tqdm import tqdm
 
-from data import (DataError, atomic_write, load_data, load_images, load_ood, ood_names, save_figure, save_grid, to_float,
+from data import (DataError, atomic_write, load_images, load_ood, load_trained, ood_names, save_figure, save_grid, to_float,
                   write_csv)
 from model import CheckpointError, CommandLine, fail, folder, load_model, mistakes_told, whole
 from sampler import prior, sgld
@@ -139,7 +139,7 @@ def load_threshold(model, checkpoint, args):
             return float(stored['energy'])
     except (OSError, ValueError, TypeError, AttributeError, KeyError):
         pass  # missing or damaged
-    images = load_checked(args, checkpoint).val.images
+    images = load_trained(checkpoint, args.data, args.data_root).val.images
     return store_threshold(logit_scores(get_logits(model, images, args.device))['energy'], {}, args)
 
 
@@ -436,17 +436,6 @@ def parse_args(argv=None):
     return args
 
 
-def load_checked(args, checkpoint):
-    """The data that the checkpoint was trained on, checked for being those."""
-    name, root = args.data or checkpoint['data'], args.data_root or checkpoint['args']['data_root']
-    data = load_data(name, checkpoint['image_size'], root, checkpoint['args']['seed'])
-    if (data.test.images.shape[1] != checkpoint['settings']['channels']
-            or checkpoint['class_names'] not in ([], data.class_names)):
-        raise DataError(f'--data {name}: its channels or classes are not those that {args.ckpt} was trained on; '
-                        'name the data of the training')
-    return data
-
-
 def load_baseline(args, checkpoint):
     """The plain classifier, checked for seeing the same images and, beside a JEM, for knowing the same classes."""
     baseline, facts = load_model(args.baseline, args.device, args.precision)
@@ -477,7 +466,7 @@ def main(argv=None):
         if args.trust and not checkpoint['class_names']:
             fail(f'--trust: {args.ckpt} is a plain EBM and has no p(y|x) to trust; leave the flag out')
         baseline = load_baseline(args, checkpoint) if args.baseline else None
-        data = load_checked(args, checkpoint)
+        data = load_trained(checkpoint, args.data, args.data_root)
         report(model, baseline, data, load_sets(args, data, checkpoint), args)
         if args.trust:
             trust(model, baseline, checkpoint, data, args)

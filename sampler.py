@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 
 
-def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1.0), generator=None, callback=None):
+def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1.0), generator=None, callback=None,
+         free=None, differentiable=False):
     """Run `steps` steps of stochastic gradient Langevin dynamics (Welling and Teh 2011) from x; returns the last state.
 
         x <- x - step_size * dE/dx + noise * xi,    xi ~ N(0, I)
@@ -27,27 +28,44 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
         noise: standard deviation of the noise of a step.
         grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip] first, or None.
         clamp: (low, high) that pixels are held in, or None.
-        generator: torch.Generator of x's device for the noise.
+        generator: torch.Generator of x's device for the noise, or a list of B of them, see `randn`.
         callback: called as callback(k, x, e) before step k = 0 ... steps - 1 with the state x and its energy e, (B,).
+        free: bool, broadcast to x: the pixels that move. The others keep their values bit by bit.
+        differentiable: keep the graph of every step, so that a loss of the last state has a gradient with respect to the
+            start: the chain is a network x_K = M(x_0), whose layers are its steps.
     """
     noise = (2 * step_size) ** 0.5 if noise is None else noise
-    x = x.detach()
+    if not differentiable:
+        x = x.detach()
     for k in range(steps):
         x.requires_grad_(True)
         with torch.enable_grad():
             e = energy(x)  # (B,)
-            gradient, = torch.autograd.grad(e.sum(), x)  # (B, C, H, W); images do not mix, so this is dE/dx of each
-        x = x.detach()
+            # (B, C, H, W); images do not mix, so the gradient of the sum is dE/dx of each
+            gradient, = torch.autograd.grad(e.sum(), x, create_graph=differentiable)
+        if not differentiable:
+            x = x.detach()
+        before = x
         if callback is not None:
             callback(k, x, e.detach())
         if grad_clip is not None:
             gradient = gradient.clamp(-grad_clip, grad_clip)
         x = x - step_size * gradient
         if noise:
-            x = x + noise * torch.randn(x.shape, generator=generator, device=x.device)
+            x = x + noise * randn(x.shape, generator, x.device)
         if clamp is not None:
             x = x.clamp(*clamp)
+        if free is not None:
+            x = torch.where(free, x, before)
     return x
+
+
+def randn(shape, generator=None, device='cpu'):
+    """N(0, I) of `shape` (B, ...). With a list of B generators each image has a random stream of its own, and its noise
+    does not depend on what else is in the batch."""
+    if isinstance(generator, list):
+        return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generator])  # (B, ...)
+    return torch.randn(shape, generator=generator, device=device)
 
 
 def prior(kind, shape, generator=None, device='cpu'):
@@ -55,7 +73,7 @@ def prior(kind, shape, generator=None, device='cpu'):
     gaussian and half `grainy`, so that the energy learns to lead home from everywhere."""
     if kind == 'uniform':
         return 2 * torch.rand(shape, generator=generator, device=device) - 1
-    x = .1 * torch.randn(shape, generator=generator, device=device)
+    x = .1 * randn(shape, generator, device)
     if kind == 'mixed':
         pick = torch.rand(shape[0], 1, 1, 1, generator=generator, device=device) < .5  # (B, 1, 1, 1)
         x = torch.where(pick, grainy(shape, generator, device), x)

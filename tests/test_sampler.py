@@ -1,9 +1,10 @@
 """Laws of SGLD and of the reservoir."""
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from model import EnergyModel
-from sampler import Reservoir, grainy, prior, sgld
+from sampler import Reservoir, grainy, prior, randn, sgld
 
 
 def quadratic(s):
@@ -63,6 +64,46 @@ def test_same_seed_same_samples():
     model, x = EnergyModel(3, width=4), torch.rand(2, 1, 16, 16)
     a, b, c = (sgld(model.energy, x, 5, .1, .01, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_pixels_that_are_not_free_are_held_bit_by_bit():
+    """Where `free` is False no pixel changes, not even one outside the clamp; the others move as if it were not there."""
+    x, free = 3 * torch.randn(4, 2, 6, 6), torch.rand(4, 1, 6, 6) < .5
+    a, b = (sgld(quadratic(1.), x, 3, .1, .1, generator=torch.Generator().manual_seed(0), free=f) for f in (free, None))
+    assert torch.equal(torch.where(free, b, x), a) and not torch.equal(a, b)
+
+
+def test_each_image_has_its_own_random_stream():
+    """With a list of generators the noise of an image depends on its own generator alone, not on its place or company."""
+    def streams(*seeds):
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    a, b = (randn((len(g), 1, 4, 4), g) for g in (streams(3, 4, 5), streams(5, 3)))
+    assert torch.equal(a[[2, 0]], b) and len(a.flatten(1).unique(dim=0)) == 3
+    x = torch.rand(1, 1, 4, 4).expand(3, -1, -1, -1)
+    together = sgld(quadratic(1.), x, 5, .1, .1, generator=streams(3, 4, 5))
+    alone = sgld(quadratic(1.), x[:1], 5, .1, .1, generator=streams(5))
+    assert torch.equal(together[2:], alone)
+
+
+def test_gradient_through_the_chain():
+    """Without noise K steps on a quadratic energy are x_K = (1 - a)^K x_0 with a = step / s^2, and so is the gradient, also
+    with the graph of each step rebuilt on the way back."""
+    start, weight = torch.rand(2, 1, 3, 3), torch.rand(2, 1, 3, 3)
+
+    def step(x, steps=1):
+        return sgld(quadratic(.5), x, steps, .05, 0., clamp=None, differentiable=True)
+
+    for rebuilt in (False, True):
+        x = start.clone().requires_grad_(True)
+        end = step(x, 4)
+        if rebuilt:
+            end = x
+            for _ in range(4):
+                end = torch.utils.checkpoint.checkpoint(step, end, use_reentrant=True)
+        (weight * end).sum().backward()
+        torch.testing.assert_close(end, .8 ** 4 * start)
+        torch.testing.assert_close(x.grad, .8 ** 4 * weight)
 
 
 def test_prior_has_the_variance_of_the_course_sheet():
