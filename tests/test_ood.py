@@ -127,7 +127,8 @@ def test_ece_by_hand():
     ece, confidence, accuracy = ood.reliability(logits, torch.tensor([0, 0, 0, 1, 0, 1]))
     assert ece == pytest.approx((4 * .05 + 2 * .1) / 6)
     assert confidence.tolist() == pytest.approx([.6, .8]) and accuracy.tolist() == pytest.approx([.5, .75])
-    assert ood.reliability(torch.tensor([[900., 0.]]).double(), torch.tensor([0]))[0] == 0  # a confidence of 1 has a bin
+    p = torch.tensor([.95, 1.], dtype=torch.float64)  # .95 and right, 1 and wrong: both in the last bin
+    assert ood.reliability(torch.stack([p, 1 - p], 1).log(), torch.tensor([0, 1]))[0] == pytest.approx((.95 + 1 - 1) / 2)
 
 
 def test_temperature_is_found():
