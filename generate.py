@@ -12,6 +12,7 @@ Every mode is the one sampler, `draw`, with another start, another energy or a m
     chain        the states on the way from noise   denoise   energy and squared distance to a noisy image, added up
     interpolate  from mixtures of two noises        compose   energies of two experts: product, mixture, negation
     reconstruct  the noise that becomes an image    concepts  no chain: dE/dx, what the energy looks at
+                                                    evaluate  samples before an independent classifier
 
 Each writes one picture, MODE.png, and its images as MODE.npy, float32 (N, C, H, W) in [-1, 1], into --out. Image i has a
 random stream of its own, seeded by --seed and i, so it is the same image however many are drawn beside it.
@@ -25,7 +26,7 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import DataError, atomic_write, load_images, load_trained, save_gif, save_grid, to_float
+from data import DataError, atomic_write, load_images, load_trained, save_gif, save_grid, to_float, write_csv
 from model import CommandLine, fail, folder, load_model, mistakes_told, real, whole
 from sampler import prior, randn, sgld
 
@@ -330,10 +331,75 @@ def heat_map(x, gradient):
     return (.7 + .3 * x.mean(1, keepdim=True)).lerp(colour, heat.abs())
 
 
-# Mode: its function, and its default number of SGLD steps.
-MODES = {'samples': (samples, 256), 'chain': (chain, 256), 'interpolate': (interpolate, 256),
-         'reconstruct': (reconstruct, 32), 'inpaint': (inpaint, 256), 'denoise': (denoise, 128), 'compose': (compose, 256),
-         'concepts': (concepts, 0)}
+def evaluate(model, checkpoint, args):
+    """Let an independent classifier, `--judge`, compare samples with as many test images of the same classes: how often it
+    sees the class that was asked for, the Frechet distance of the features, and the share of distinct samples. Beside them
+    the same of further test images: what real ones reach. evaluate.png begins with the samples it likes least."""
+    judge = load_judge(checkpoint, args)
+    test = load_trained(checkpoint, args.data, args.data_root).test
+    picked = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))
+    first, second = picked[:2 * (min(2 * args.images, len(test)) // 2)].chunk(2)  # (N,) both
+    (real, y), (other, y_other) = (test.batch(index) for index in (first, second))
+    real, y, other, y_other = (tensor.to(args.device) for tensor in (real, y, other, y_other))
+    streams, z = start_noise(len(y), checkpoint, args)
+    x = draw(guided(model, args), z, streams, checkpoint, args, (y,)).x  # (N, C, H, W)
+
+    seen = {name: judge_features(judge, images) for name, images in (('real', real), ('samples', x), ('more real', other))}
+    features_real = seen['real'][0]
+    alike = nearest(features_real, y).quantile(.05)  # nearer than that, two images count as one
+    rows = []
+    for name, labels in (('samples', y), ('more real', y_other)):
+        features, logits = seen[name]
+        rows.append({'images': name, 'agreement': (logits.argmax(1) == labels).float().mean().item(),
+                     'frechet': frechet_distance(features, features_real),
+                     'distinct': (nearest(features, labels) > alike).float().mean().item(), 'n': len(labels)})
+        print(f'{name:>9}: ' + '  '.join(f'{key} {value:.3f}' for key, value in list(rows[-1].items())[1:4]))
+    write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
+    confidence = seen['samples'][1].softmax(1).gather(1, y[:, None]).squeeze(1)  # (N, K) -> (N,)
+    order = confidence.argsort()[:64]
+    names = class_names(y[order], checkpoint)
+    save_grid(x[order], args.out / 'evaluate.png', 8, 'the samples that the judge likes least: class asked for, its p(y|x)',
+              captions=[f'{name}: {p:.2f}' for name, p in zip(names, confidence[order].tolist())])
+    return x
+
+
+def load_judge(checkpoint, args):
+    """The classifier at `--judge`, checked for knowing the same classes from the same split of the same data."""
+    if not args.judge:
+        fail('--mode evaluate: name an independent classifier with --judge; python train.py --px-weight 0 --width 48 on the '
+             'same data makes one')
+    judge, facts = load_model(args.judge, args.device, args.precision)
+    seen, wanted = ((found['class_names'], image_shape(found), found['args']['seed']) for found in (facts, checkpoint))
+    if not facts['class_names'] or seen != wanted:
+        fail(f'--judge {args.judge}: not trained on the data of {args.ckpt}; train it with the same --data and --seed '
+             f'{checkpoint["args"]["seed"]}')
+    return judge
+
+
+def judge_features(judge, x):
+    """Last features (N, D), as float64, and logits (N, K) of images (N, C, H, W)."""
+    features = torch.cat([judge.features(part).double() for part in x.split(256)])  # (N, D)
+    return features, torch.cat([judge.get_logits(part) for part in x.split(256)])
+
+
+def frechet_distance(a, b):
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) of features (N, D) and (M, D) (Heusel et al. 2017)."""
+    cov_a, cov_b = a.T.cov(), b.T.cov()  # (D, D)
+    root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()  # the trace of the root
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * root).item()
+
+
+def nearest(features, labels):
+    """Distance from each image to the nearest other one of its class, (N,); infinite where there is none."""
+    distance = torch.cdist(features, features)  # (N, N)
+    strange = (labels[:, None] != labels).fill_diagonal_(True)  # (N, N)
+    return distance.masked_fill(strange, torch.inf).amin(1)
+
+
+# Mode: its function, its default number of SGLD steps, and that of test images.
+MODES = {'samples': (samples, 256, 0), 'chain': (chain, 256, 0), 'interpolate': (interpolate, 256, 0),
+         'reconstruct': (reconstruct, 32, 8), 'inpaint': (inpaint, 256, 8), 'denoise': (denoise, 64, 8),
+         'compose': (compose, 256, 0), 'concepts': (concepts, 0, 8), 'evaluate': (evaluate, 256, 500)}
 
 
 # --- what the modes share -------------------------------------------------------------------------------------------------
@@ -411,7 +477,7 @@ def parse_args(argv=None):
     parser.add_argument('--count', type=whole(1, 10_000), default=8,
                         help='samples a class, rows of eight, chains, or completions')
     parser.add_argument('--steps', type=whole(1), help='SGLD steps; the default is that of the mode: '
-                        + ', '.join(f'{name} {steps}' for name, (_, steps) in MODES.items() if steps))
+                        + ', '.join(f'{name} {steps}' for name, (_, steps, _) in MODES.items() if steps))
     parser.add_argument('--step-size', type=real(1e-9), help='instead of the checkpoint\'s own')
     parser.add_argument('--noise', type=real(0), help='instead of the checkpoint\'s own')
     parser.add_argument('--gif', action='store_true', help='write the chains as a film, too: MODE.gif')
@@ -419,7 +485,8 @@ def parse_args(argv=None):
 
     group = parser.add_argument_group('images to work on')
     group.add_argument('--start', type=Path, metavar='FILE|FOLDER', help='your own instead of test images')
-    group.add_argument('--images', type=whole(1), default=8, help='how many test images')
+    group.add_argument('--images', type=whole(1), help='how many test images; default: 8, and 500 in evaluate')
+    group.add_argument('--judge', type=Path, metavar='CKPT', help='independent classifier for evaluate')
     group.add_argument('--data', help='the checkpoint\'s data, where they lie elsewhere now')
     group.add_argument('--data-root', type=Path, help='folder of downloads and of rendered letterpress, as in the training')
 
@@ -436,7 +503,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.gif and args.mode == 'concepts':
         parser.error('--gif: the mode concepts has no chains to film; leave the flag out')
-    args.steps = args.steps or MODES[args.mode][1]
+    _, steps, images = MODES[args.mode]
+    args.steps, args.images = args.steps or steps, args.images or images
     return args
 
 

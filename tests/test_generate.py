@@ -1,9 +1,12 @@
 """generate.py through its command line, and the laws behind its modes."""
+import csv
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import data
 import generate
 import train
 from conftest import QUICK, bars
@@ -288,3 +291,42 @@ def test_mistakes(trained, coloured, tmp_path, refused):
         assert wanted in refused(generate.main, *flags, *out), flags
     assert '--ckpt' in refused(generate.main)
     assert not (tmp_path / 'o').exists()
+
+
+# --- evaluation -----------------------------------------------------------------------------------------------------------
+
+def test_frechet_distance_of_normal_laws():
+    """For two diagonal normal laws it is |mean difference|^2 + the sum of (s_a - s_b)^2, and 0 between a set and itself."""
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
+    z = (z - z.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(z.T.cov())).T  # mean 0 and covariance 1 exactly
+    a, b = z * torch.tensor([1., 2., 3.]), z * torch.tensor([2., 2., 1.]) + torch.tensor([0., 3., 0.])
+    assert generate.frechet_distance(a, b) == pytest.approx(1 + 4 + 9, rel=1e-6)
+    assert generate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_nearest_looks_among_others_of_its_class():
+    """Itself and other classes do not count; alone in a class means infinitely far."""
+    features, labels = torch.tensor([[0.], [3.], [.1], [7.], [8.]]).double(), torch.tensor([0, 0, 1, 2, 2])
+    assert generate.nearest(features, labels).tolist() == pytest.approx([3, 3, float('inf'), 1, 1])
+
+
+def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyphs, tmp_path, monkeypatch):
+    """With test images in place of samples, an honest judge sees all of them as it sees other test images; with noise it
+    does not. The judge must know the same classes from the same split."""
+    judge = tmp_path / 'judge'
+    train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '40', '--lr',
+                '.01', '--warmup', '1'])
+    flags = ['--ckpt', str(trained / 'best.pt'), '--mode', 'evaluate', '--judge', str(judge / 'best.pt'), *SHORT]
+
+    def agreement():
+        generate.main([*flags, '--out', str(tmp_path)])
+        with open(tmp_path / 'evaluate.csv') as file:
+            return {row['images']: float(row['agreement']) for row in csv.DictReader(file)}
+
+    noise = agreement()
+    assert noise['samples'] < .7 < .9 < noise['more real']
+    test = data.load_data(str(glyphs), 16).test
+    picked = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:len(test) // 2]
+    monkeypatch.setattr(generate, 'draw', lambda *_: generate.Chains(test.batch(picked)[0], None, None))
+    assert agreement()['samples'] > .9
