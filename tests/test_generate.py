@@ -315,8 +315,8 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
     """With test images in place of samples, an honest judge sees all of them as it sees other test images; with noise it
     does not. The judge must know the same classes from the same split."""
     judge = tmp_path / 'judge'
-    train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '40', '--lr',
-                '.01', '--warmup', '1'])
+    train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '40',
+                '--lr', '.01', '--warmup', '1'])
     flags = ['--ckpt', str(trained / 'best.pt'), '--mode', 'evaluate', '--judge', str(judge / 'best.pt'), *SHORT]
 
     def agreement():
