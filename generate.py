@@ -191,7 +191,7 @@ def reconstruct(model, checkpoint, args):
     streams, z = start_noise(len(x), checkpoint, args)
     energy, settings = guided(model, args), {**checkpoint['sampler'], 'noise': 0.}
     found = z.clone().requires_grad_(True)
-    optimizer = torch.optim.Adam([found], lr=.02)
+    optimizer = torch.optim.Adam([found], lr=.03)
     for _ in tqdm(range(args.iterations), desc='reconstruct', unit='iteration'):
         optimizer.zero_grad()
         for part in (slice(at, at + CHUNK) for at in range(0, len(x), CHUNK)):
@@ -318,9 +318,9 @@ def concepts(model, checkpoint, args):
     gradients = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in e.T]  # (N, C, H, W) each
     x = x.detach()
     shown = torch.stack([x.expand(-1, 3, -1, -1), *(heat_map(x, g) for g in gradients)], dim=1)  # (N, 2 + R, 3, H, W)
-    texts = [f'{name} {value:.2f}' if name else '' for labels, row in zip(y, e.tolist())
-             for name, value in zip(['', 'E', *class_names(labels, checkpoint)], [0., *row])]
-    heads = ['image', 'E(x)', *['E(x, y)'] * (e.shape[1] - 1)]
+    texts = [f'{name}: {value:.2f}' if name else '' for labels, row in zip(y, e.tolist())
+             for name, value in zip(['', 'E(x)', *class_names(labels, checkpoint)], [0., *row])]
+    heads = ['image', 'of E(x)', *['of E(x, y)'] * (e.shape[1] - 1)]
     save_grid(shown.flatten(0, 1), args.out / 'concepts.png', len(heads), 'dE/dx: red, a brighter pixel raises the energy',
               heads=heads, captions=texts)
     return torch.stack(gradients, dim=1).flatten(0, 1)  # (N, 1 + R, C, H, W) -> (N * (1 + R), C, H, W)
@@ -508,7 +508,7 @@ def parse_args(argv=None):
     group.add_argument('--strengths', type=real(.001), nargs='+', default=[.2, .4, .8], metavar='S', help='of the noise to '
                        'take away, in units of pixel value')
     group.add_argument('--data-weight', type=real(0), default=.002, help='of the data term of denoise, see there')
-    group.add_argument('--iterations', type=whole(1), default=100, help='of Adam in reconstruct')
+    group.add_argument('--iterations', type=whole(1), default=60, help='of Adam in reconstruct')
     group.add_argument('--ckpt2', type=Path, help='second expert of compose')
     group.add_argument('--weight', type=real(0), default=.2, help='w of the negation E1 - w E2 in compose')
     parser.add_shared_arguments()
