@@ -187,22 +187,23 @@ def mix_noise(z1, z2, rho):
 def reconstruct(model, checkpoint, args):
     """Find the noise that the chain turns into a given image: Adam on |M(z) - x|^2 through all the steps of a chain without
     noise (Nijkamp et al. 2019, section 5). The graph of a step is built when its gradient is due: memory holds one."""
-    x = given_images(checkpoint, args)  # (N, C, H, W)
+    x, given = given_images(checkpoint, args)  # (N, C, H, W)
     streams, z = start_noise(len(x), checkpoint, args)
-    step = partial(sgld, model.energy, steps=1, differentiable=True, **{**checkpoint['sampler'], 'noise': 0.})
+    energy, settings = guided(model, args), {**checkpoint['sampler'], 'noise': 0.}
     found = z.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([found], lr=.02)
     for _ in tqdm(range(args.iterations), desc='reconstruct', unit='iteration'):
         optimizer.zero_grad()
         for part in (slice(at, at + CHUNK) for at in range(0, len(x), CHUNK)):
+            step = partial(sgld, lambda x: energy(x, *(y[part] for y in given)), steps=1, differentiable=True, **settings)
             state = found[part]
             for _ in range(args.steps):
                 state = recompute(step, state, use_reentrant=True)  # the kind that builds no graph on the way forward
             (state - x[part]).square().sum().backward()
         optimizer.step()
     found = found.detach()
-    ends = draw(model.energy, torch.cat([z, found]), streams * 2, checkpoint, args, noise=0.).x  # (2N, C, H, W)
-    start, end = ends.chunk(2)  # (N, C, H, W) each
+    start, end = draw(energy, torch.cat([z, found]), streams * 2, checkpoint, args, [y.repeat(2) for y in given],
+                      noise=0.).x.chunk(2)  # (2N, C, H, W) -> (N, C, H, W) each
     columns = {'image': x, 'z found': found, 'M(first z)': start, 'M(z found)': end, 'error': (end - x).abs() - 1}
     title = f'{args.iterations} steps of Adam through {args.steps} of SGLD; PSNR in dB'
     return save_columns(columns, ['M(first z)', 'M(z found)'], title, args)
@@ -212,13 +213,14 @@ def inpaint(model, checkpoint, args):
     """Fill in missing pixels by SGLD on them alone, `--count` times from different noises; the known ones stay as they are.
 
     Baselines: the mean colour of the known pixels, and the plain noise that the chains start from."""
-    x = given_images(checkpoint, args)  # (N, C, H, W)
+    x, given = given_images(checkpoint, args)  # (N, C, H, W)
     streams, z = start_noise(len(x) * args.count, checkpoint, args)
     missing = missing_pixels(streams[::args.count], checkpoint, args)  # (N, 1, H, W)
     z = z[:, :1].sign() if args.mask == 'salt-and-pepper' else z  # (N * count, 1 or C, H, W)
     free = missing.repeat_interleave(args.count, 0)  # (N, 1, H, W) -> (N * count, 1, H, W)
     start = torch.where(free, z, x.repeat_interleave(args.count, 0))  # (N * count, C, H, W)
-    done = draw(model.energy, start, streams, checkpoint, args, free=free).x  # (N * count, C, H, W)
+    given = [label.repeat_interleave(args.count) for label in given]  # (N,) -> (N * count,)
+    done = draw(guided(model, args), start, streams, checkpoint, args, given, free=free).x  # (N * count, C, H, W)
     done = done.unflatten(0, (-1, args.count))  # (N, count, C, H, W)
 
     known = x * ~missing
@@ -255,17 +257,18 @@ def denoise(model, checkpoint, args):
         E(x) + w / (2 s^2) |x - y|^2        the energy and, by Bayes' rule, the data term of p(x|y), at a temperature w
 
     Baselines: the noisy image as it is, and total variation, which needs no training."""
-    x = given_images(checkpoint, args)  # (N, C, H, W)
+    x, given = given_images(checkpoint, args)  # (N, C, H, W)
     streams, _ = start_noise(len(x) * len(args.strengths), checkpoint, args)
     s = torch.tensor(args.strengths, device=args.device).repeat_interleave(len(x)).view(-1, 1, 1, 1)  # (S * N, 1, 1, 1)
     y = x.repeat(len(args.strengths), 1, 1, 1)  # (S * N, C, H, W)
     y = y + s * randn(y.shape, streams, args.device)
     weight = args.data_weight / checkpoint['sampler']['step_size'] / s.flatten() ** 2  # (S * N,)
 
-    def posterior(x, y, weight):
-        return model.energy(x) + weight / 2 * (x - y).square().sum((1, 2, 3))
+    def posterior(x, y, weight, *label):
+        return guided(model, args)(x, *label) + weight / 2 * (x - y).square().sum((1, 2, 3))
 
-    done = draw(posterior, y.clamp(-1, 1), streams, checkpoint, args, (y, weight), noise=0.).x  # (S * N, C, H, W)
+    given = [y, weight, *(label.repeat(len(args.strengths)) for label in given)]  # (S * N, ...) each
+    done = draw(posterior, y.clamp(-1, 1), streams, checkpoint, args, given, noise=0.).x  # (S * N, C, H, W)
     columns = {'image': x}
     for strength, *parts in zip(args.strengths, *(part.split(len(x)) for part in (y, total_variation(y, s), done))):
         columns |= {f'{name} {strength:g}': part.clamp(-1, 1) for name, part in zip(('noise', 'TV', 'SGLD'), parts)}
@@ -305,7 +308,7 @@ def compose(model, checkpoint, args):
 def concepts(model, checkpoint, args):
     """What each energy looks at: the gradients of E(x) and of E(x, y) for the three most likely classes, or `--classes`.
     Red: brighter there is less likely; blue: brighter is more likely. Returns the gradients, (N * columns, C, H, W)."""
-    x = given_images(checkpoint, args).requires_grad_(True)  # (N, C, H, W)
+    x = given_images(checkpoint, args)[0].requires_grad_(True)  # (N, C, H, W)
     logits = model.get_logits(x)  # (N, K)
     y = logits.topk(min(3, logits.shape[1])).indices  # (N, 3)
     if args.classes:
@@ -398,7 +401,7 @@ def nearest(features, labels):
 
 # Mode: its function, its default number of SGLD steps, and that of test images.
 MODES = {'samples': (samples, 256, 0), 'chain': (chain, 256, 0), 'interpolate': (interpolate, 256, 0),
-         'reconstruct': (reconstruct, 32, 8), 'inpaint': (inpaint, 256, 8), 'denoise': (denoise, 64, 8),
+         'reconstruct': (reconstruct, 32, 8), 'inpaint': (inpaint, 48, 8), 'denoise': (denoise, 32, 8),
          'compose': (compose, 256, 0), 'concepts': (concepts, 0, 8), 'evaluate': (evaluate, 256, 500)}
 
 
@@ -419,13 +422,20 @@ def start_samples(count, per_class, checkpoint, args):
 
 
 def given_images(checkpoint, args):
-    """Images to work on, (N, C, H, W) in [-1, 1]: those of --start, or --images of the test split, evenly taken."""
+    """Images to work on, (N, C, H, W) in [-1, 1]: those of --start, or --images of the test split, evenly taken. With them,
+    where chains follow E(x, y), a tuple of their labels (N,): the one of --classes, else those of the test split."""
     channels, size, _ = image_shape(checkpoint)
+    told = class_labels(args.classes, checkpoint, args.device) if args.classes and args.mode != 'concepts' else None
+    if told is not None and len(told) > 1:
+        fail(f'--classes: the mode {args.mode} takes one, the class of all images')
     if args.start:
-        return to_float(load_images(args.start, size, channels)[0].to(args.device))
-    test = load_trained(checkpoint, args.data, args.data_root).test
-    index = torch.linspace(0, len(test) - 1, min(args.images, len(test))).long()
-    return test.to(args.device).batch(index.to(args.device))[0]
+        x, y = to_float(load_images(args.start, size, channels)[0].to(args.device)), told
+    else:
+        test = load_trained(checkpoint, args.data, args.data_root).test
+        index = torch.linspace(0, len(test) - 1, min(args.images, len(test))).long()
+        x, y = test.to(args.device).batch(index.to(args.device))
+        y = told if told is not None else y if checkpoint['args']['conditional'] else None
+    return x, () if y is None else (y.expand(len(x)),)
 
 
 def save_columns(columns, scored, title, args, where=None):
@@ -471,9 +481,10 @@ def parse_args(argv=None):
     parser = CommandLine(__doc__)
     parser.add_argument('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     parser.add_argument('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
-    parser.add_argument('--classes', nargs='+', metavar='CLASS', help='names or numbers of classes, for E(x, y)')
-    parser.add_argument('--guidance', type=real(0), default=1., help='w of E(x) + w (E(x, y) - E(x)), wherever '
-                        'an energy has a class')
+    parser.add_argument('--classes', nargs='+', metavar='CLASS', help='names or numbers of classes, for E(x, y); '
+                        'without them those of the data, as frequent')
+    parser.add_argument('--guidance', type=real(0), default=1., help='w of E(x) + w (E(x, y) - E(x)): 0 '
+                        'tells the chains of no class')
     parser.add_argument('--count', type=whole(1, 10_000), default=8,
                         help='samples a class, rows of eight, chains, or completions')
     parser.add_argument('--steps', type=whole(1), help='SGLD steps; the default is that of the mode: '
@@ -484,7 +495,8 @@ def parse_args(argv=None):
     parser.add_argument('--out', type=folder, default='.', help='folder to write into')
 
     group = parser.add_argument_group('images to work on')
-    group.add_argument('--start', type=Path, metavar='FILE|FOLDER', help='your own instead of test images')
+    group.add_argument('--start', type=Path, metavar='FILE|FOLDER', help='your own instead of test images; name their class '
+                       'with --classes, or they are taken along E(x)')
     group.add_argument('--images', type=whole(1), help='how many test images; default: 8, and 500 in evaluate')
     group.add_argument('--judge', type=Path, metavar='CKPT', help='independent classifier for evaluate')
     group.add_argument('--data', help='the checkpoint\'s data, where they lie elsewhere now')

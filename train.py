@@ -7,7 +7,7 @@
 
 Writes best.pt, last.pt, log.csv, curves.png and samples/ into --out. best.pt is the epoch with the highest score on the
 validation data: for a JEM the mean of val_auprc (macro AUPRC of p(y|x) over the classes) and val_auroc (the energy of
-validation images against half-and-half mixtures of them and uniform noise); for an EBM val_auroc alone.
+validation images against half-and-half mixtures of them and uniform noise), for an EBM val_auroc, for a plain classifier val_auprc.
 """
 import argparse
 import math
@@ -316,7 +316,8 @@ def finish_epoch(run, data, val_split):
         plot_curves(run.rows, args)
         if args.px_weight:
             draw_grid(run, data)
-    score = row['val_auroc'] if args.model == 'ebm' else (row['val_auprc'] + row['val_auroc']) / 2
+    measures = {'val_auprc': args.model == 'jem', 'val_auroc': args.px_weight}
+    score = float(np.mean([row[name] for name, counts in measures.items() if counts]))
     best = score >= run.best
     if best:
         run.best = score

@@ -160,6 +160,18 @@ def test_mean_fill_and_psnr():
     torch.testing.assert_close(generate.psnr(y, x, where), torch.tensor([20., 40.]))
 
 
+def test_images_are_told_their_class(plain):
+    """Test images come with their own labels, --classes overrules them, and a class of a file is what --classes says."""
+    checkpoint = read_checkpoint(plain)
+    told = []
+    for flags in ([], ['--classes', 'lean']):
+        args = generate.parse_args(['--ckpt', 'x', '--mode', 'inpaint', '--images', '24', '--device', 'cpu', *flags])
+        x, (y,) = generate.given_images(checkpoint, args)
+        told.append(y.tolist())
+        assert x.shape == (24, 1, 16, 16)
+    assert told == [[0, 1, 2] * 8, [2] * 24]
+
+
 def test_data_term_holds_to_the_noisy_image(plain, tmp_path):
     """With w = s^2 and a flat energy one step of the data term leads to the noisy image itself; with w = 0 it has no say."""
     columns = {}
@@ -232,7 +244,8 @@ def test_marginal_gradient_is_the_mean_of_the_conditional_ones(plain, tmp_path):
     Image.fromarray(bars(1, 5)[0][0].clip(0, 255).astype(np.uint8)).save(image)
     maps = run(plain, tmp_path, '--start', image, '--classes', 0, 1, 2, npy='concepts')  # (4, 1, 16, 16)
     args = generate.parse_args(['--ckpt', 'x', '--start', str(image), '--device', 'cpu'])
-    x = generate.given_images(read_checkpoint(plain), args)
+    x, given = generate.given_images(read_checkpoint(plain), args)
+    assert given == ()  # nobody knows the class of a file
     p = model.get_logits(x).softmax(1).view(3, 1, 1, 1).numpy()  # (1, K) -> (K, 1, 1, 1)
     assert abs(maps[0]).max() > 0
     np.testing.assert_allclose(maps[0], (p * maps[1:]).sum(0), rtol=1e-4, atol=1e-9)
@@ -251,7 +264,7 @@ def test_own_images_are_prepared_like_the_data(plain, coloured, tmp_path):
     both = run(plain, tmp_path, '--start', folder, npy='inpaint').reshape(2, 12, 16, 16)
     one = run(plain, tmp_path, '--start', folder / 'a.png', npy='inpaint').reshape(1, 12, 16, 16)
     assert np.array_equal(both[0, 0], one[0, 0]) and both[:, 0].min() == -1 and both[:, 0].max() == 1
-    assert run(coloured, tmp_path, '--start', folder, npy='denoise').shape == (2 * 10, 3, 16, 16)
+    assert run(coloured, tmp_path, '--start', folder, '--classes', 'red', npy='denoise').shape == (2 * 10, 3, 16, 16)
 
 
 def test_film(plain, tmp_path):
@@ -286,6 +299,7 @@ def test_mistakes(trained, coloured, tmp_path, refused):
             ['black.png', '--ckpt', ckpt, '--mode', 'inpaint', '--mask', black],
             ['nowhere', '--ckpt', ckpt, '--mode', 'denoise', '--data', tmp_path / 'nowhere'],
             ['--strengths', '--ckpt', ckpt, '--mode', 'denoise', '--strengths', '0'],
+            ['takes one', '--ckpt', ckpt, '--mode', 'inpaint', '--classes', 'lie', 'lean'],
             ['--gif', '--ckpt', ckpt, '--mode', 'concepts', '--gif'],
             ['--count', '--ckpt', ckpt, '--count', '0']):
         assert wanted in refused(generate.main, *flags, *out), flags
@@ -316,7 +330,7 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
     does not. The judge must know the same classes from the same split."""
     judge = tmp_path / 'judge'
     train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '40',
-                '--lr', '.01', '--warmup', '1'])
+                '--lr', '.01', '--warmup', '1', '--picture-every', '40'])
     flags = ['--ckpt', str(trained / 'best.pt'), '--mode', 'evaluate', '--judge', str(judge / 'best.pt'), *SHORT]
 
     def agreement():
