@@ -62,7 +62,7 @@ def test_every_file_is_put_in_place_as_a_whole(glyphs, tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'replace', lambda old, new: calls.append((Path(old), Path(new))) or replace(old, new))
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK])
     generate.main(['--ckpt', str(tmp_path / 'best.pt'), '--out', str(tmp_path), '--device', 'cpu', '--steps', '2'])
-    ood.main(['--ckpt', str(tmp_path / 'best.pt'), '--out', str(tmp_path), '--device', 'cpu'])
+    ood.main(['--ckpt', str(tmp_path / 'best.pt'), '--out', str(tmp_path), '--device', 'cpu', '--ood', 'noise'])
     moves = [call for call in calls if call != 'fsync']
     assert calls == [entry for move in moves for entry in ('fsync', move)]
     assert {new for _, new in moves} == {path for path in tmp_path.rglob('*') if path.is_file()}
