@@ -251,21 +251,21 @@ def cuts(folder, count, dice):
 # --- memory ---------------------------------------------------------------------------------------------------------------
 
 def resident(argv, updates):
-    """Run train.py and read the MiB it holds whenever log.csv has a new row: [(updates so far, MiB)]."""
+    """Run train.py and look every moment at the MiB it holds: {updates so far: their median until the next row of log.csv}.
+    The median leaves out the moments in which last.pt is put together in memory, once more as large as what it holds."""
+    seen, step = {}, 0
     with tempfile.TemporaryDirectory() as out:
         process = subprocess.Popen([sys.executable, train.__file__, *argv, '--out', out], stdout=subprocess.DEVNULL,
                                    stderr=subprocess.DEVNULL)
-        seen = []
-        while process.poll() is None and (not seen or seen[-1][0] < updates):
+        while process.poll() is None and step < updates:
+            time.sleep(.05)
             with contextlib.suppress(OSError, IndexError):
                 step = int(read_log(Path(out, 'log.csv'))[-1]['step'])
                 pages = int(Path(f'/proc/{process.pid}/statm').read_text().split()[1])
-                if not seen or step > seen[-1][0]:
-                    seen.append((step, pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20))
-            time.sleep(.05)
+                seen.setdefault(step, []).append(pages * os.sysconf('SC_PAGE_SIZE') / 2 ** 20)
         process.kill()
         process.wait()
-    return seen
+    return {step: np.median(held) for step, held in list(seen.items())[:-1]}  # without the row that ended it
 
 
 def predicted(size, slots, width):
@@ -279,18 +279,18 @@ def memory(folder, count, dice):
     """The resident set over 2,000 updates, and what it grows by with reservoir, images and network."""
     quick = [*DIGITS, '--epochs', '999', '--sgld-steps', '1']
     seen = resident([*quick, '--picture-every', '20'], 2000)
-    early, late = (np.mean([mib for step, mib in seen if low <= step <= high]) for low, high in ((200, 600), (1600, 2000)))
+    early, late = (np.mean([mib for step, mib in seen.items() if abs(step - middle) < 200]) for middle in (400, 1800))
     told = [f'{early:.0f} MiB at 200 to 600, {late:.0f} at 1,600 to 2,000 ({late / early - 1:+.1%})']
-    cases = {'base': (16, 512, 8), '100,000 chains': (16, 100_000, 8), '20,000 chains of 64x64': (64, 20_000, 8),
-             'width 160': (16, 512, 160)}
+    cases = {'base': (16, 512, 8), '100,000 chains': (16, 100_000, 8), '20,000 chains of 40x40': (40, 20_000, 8),
+             'width 64': (16, 512, 64)}
     held = {}
     for name, (size, slots, width) in cases.items():
         argv = ['--image-size', size, '--reservoir', slots, '--width', width, '--picture-every', 999]
-        held[name] = resident([*quick, *map(str, argv)], 60)[-1][1] - predicted(size, slots, width)
+        held[name] = resident([*quick, *map(str, argv)], 38)[19] - predicted(size, slots, width)
         more, less = predicted(size, slots, width) - predicted(*cases['base']), held[name] - held['base']
         told.append(f'{name}: {more:.0f} MiB more predicted, {more + less:.0f} measured' if more else
                     f'{name}: {held[name]:.0f} MiB')
-    return f'memory over {seen[-1][0]:,} updates', told[0], '; '.join(told[1:])
+    return f'memory over {max(seen):,} updates', told[0], '; '.join(told[1:])
 
 
 PARTS = {'kills': kills, 'writes': writes, 'disk': disk, 'cuts': cuts, 'memory': memory}
