@@ -7,7 +7,7 @@
 
 Writes best.pt, last.pt, log.csv, curves.png and samples/ into --out. best.pt is the epoch with the highest score on the
 validation data: for a JEM the mean of val_auprc (macro AUPRC of p(y|x) over the classes) and val_auroc (the energy of
-validation images against half-and-half mixtures of them and uniform noise), for an EBM val_auroc, for a plain classifier val_auprc.
+images against half-and-half mixtures of them and uniform noise); an EBM goes by val_auroc, a classifier by val_auprc.
 """
 import argparse
 import math
@@ -34,6 +34,7 @@ from sampler import Reservoir, prior, sgld
 AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'grad_norm',
             'train_accuracy', 'saturated']
 ROUND = .3  # radius of the round bottom of the energy's valleys, in units of [-1, 1]
+OUTPUTS = ['best.pt', 'last.pt', 'log.csv', 'curves.png']
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
 
 
@@ -198,6 +199,7 @@ def train(args, data):
         resume(run, data)
     if args.overwrite:
         remove_old_run(args.out)
+    remove_halves(args.out)
     train_split, val_split = data.train.to(args.device), data.val.to(args.device)
     save_run(run, data)  # a folder that cannot be written is told now, not after an epoch
     if args.model == 'ebm':
@@ -512,9 +514,16 @@ def check_data(args, data):
         fail(f'--data {args.data}: one class only, and a JEM needs two; use --model ebm')
 
 
+def remove_halves(out):
+    """What a killed run left half written: `atomic_write` puts a dot before the name and a process number behind it."""
+    for name in OUTPUTS:
+        for path in out.glob(f'.{name}.*'):
+            path.unlink()
+
+
 def remove_old_run(out):
     """What a former run left in `out`, so that no file of it is taken for one of the new run."""
-    for name in ('best.pt', 'last.pt', 'log.csv', 'curves.png'):
+    for name in OUTPUTS:
         (out / name).unlink(missing_ok=True)
     for path in out.glob('samples/epoch_*.png'):
         path.unlink()
