@@ -381,8 +381,8 @@ def load_judge(checkpoint, args):
 
 def judge_features(judge, x):
     """Last features (N, D), as float64, and logits (N, K) of images (N, C, H, W)."""
-    features = torch.cat([judge.features(part).double() for part in x.split(256)])  # (N, D)
-    return features, torch.cat([judge.get_logits(part) for part in x.split(256)])
+    features = torch.cat([judge.features(part) for part in x.split(256)])  # (N, D)
+    return features.double(), judge.head(features)  # (N, D), (N, K)
 
 
 def frechet_distance(a, b):
