@@ -20,6 +20,7 @@ import warnings
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 FORMAT = 1  # of the checkpoint; raised whenever an older file could be misread
@@ -174,9 +175,11 @@ def device(text):
 
 
 def choose_device(text):
-    if text != 'auto':
-        return torch.device(text)
-    return torch.device('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
+    if text == 'auto':
+        text = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if text == 'cuda' and 'LOCAL_RANK' in os.environ:  # torchrun: each process on this machine has a GPU of its own
+        text = f'cuda:{os.environ["LOCAL_RANK"]}'
+    return torch.device(text)
 
 
 def choose_precision(text, device):
@@ -186,6 +189,53 @@ def choose_precision(text, device):
     if device.type == 'cuda':
         return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp32'
     return 'bf16' if device.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16') else 'fp32'
+
+
+# --- several processes: torchrun --nproc-per-node N train.py ----------------------------------------------------------
+# Each has a share of every batch and chains of its own. Gradients are averaged, so the weights are the same everywhere. A
+# process that is alone is rank 0 of 1.
+
+def join_ranks():
+    """Get in touch with the other processes that torchrun started, if it did: through NCCL for GPUs, gloo for CPUs."""
+    if 'LOCAL_RANK' in os.environ:
+        dist.init_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0  # only 0 writes
+
+
+def ranks():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def average(tensors):
+    """Replace tensors by their means over all processes, in one message.
+
+    DistributedDataParallel is made for this, but not for losses that hold an autograd.grad, as `matching_step` does: its
+    documentation rules them out, and gradients came out wrong (PyTorch issue 47562).
+    """
+    if dist.is_initialized():
+        vector = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(vector)
+        for tensor, mean in zip(tensors, vector.div(ranks()).split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def gather(value):
+    """The values of all processes, a list on rank 0."""
+    values = [value] * ranks()
+    if dist.is_initialized():
+        dist.gather_object(value, values if rank() == 0 else None)
+    return values
+
+
+def anywhere(flag):
+    """Whether a flag is set in any process: all must stop after the same update."""
+    if dist.is_initialized():
+        flag = torch.tensor(float(flag))
+        dist.all_reduce(flag)
+    return bool(flag)
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

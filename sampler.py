@@ -137,9 +137,18 @@ class Reservoir:
         self.chains = torch.where(broken, prior(self.kind, self.chains.shape, generator, self.chains.device), self.chains)
 
     def state_dict(self):
-        return {'chains': self.chains, 'head': self.head}
+        return {'chains': self.chains, 'head': self.head, 'lengths': self.lengths}
 
     def load_state_dict(self, state):
-        if state['chains'].shape != self.chains.shape or state['head'].shape != self.head.shape:
+        if state['chains'].shape != self.chains.shape or not torch.equal(state['lengths'].cpu(), self.lengths.cpu()):
             raise ValueError('the chains are of another reservoir')
         self.chains, self.head = (state[key].to(self.head.device) for key in ('chains', 'head'))
+
+    def deal(self, states, hand, hands):
+        """Take over the chains of other reservoirs (their state dictionaries) when they are dealt out anew, ring by ring, to
+        `hands` reservoirs of which this is number `hand`. A longer ring than before gets some chains twice."""
+        parts = [state['chains'].split(state['lengths'].tolist()) for state in states]  # a tuple of R rings each
+        rings = [torch.cat(ring) for ring in zip(*parts)]  # (slots in all, C, H, W) each
+        dealt = [ring[(hand + hands * torch.arange(length)) % len(ring)]
+                 for ring, length in zip(rings, self.lengths.tolist(), strict=True)]
+        self.chains = torch.cat(dealt).to(self.head.device)  # (slots, C, H, W)

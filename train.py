@@ -4,6 +4,7 @@
     python train.py --data digits                    minutes on a laptop
     python train.py --data GLYPHS --epochs 60 --device cuda
     python train.py --resume                         go on with the run in this folder
+    torchrun --nproc-per-node 4 train.py             a process a GPU, or on the CPU, sharing every batch
 
 Writes best.pt, last.pt, log.csv, curves.png and samples/ into --out. best.pt is the epoch with the highest score on the
 validation data: for a JEM the mean of val_auprc (macro AUPRC of p(y|x) over the classes) and val_auroc (the energy of
@@ -21,19 +22,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
+from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import NAMES, DataError, atomic_write, load_data, save_figure, save_grid, write_csv
-from model import (CheckpointError, CommandLine, EnergyModel, fail, folder, mistakes_told, read_checkpoint, real,
-                   save_checkpoint, whole)
+from model import (CheckpointError, CommandLine, EnergyModel, anywhere, average, fail, folder, gather, join_ranks,
+                   mistakes_told, rank, ranks, read_checkpoint, real, save_checkpoint, whole)
 from sampler import Reservoir, prior, sgld
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples); saturated is
 # the share of pixels at -1 or 1 in samples beyond that in data.
-AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'grad_norm',
-            'train_accuracy', 'saturated']
-ROUND = .3  # radius of the round bottom of the energy's valleys, in units of [-1, 1]
+AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'train_accuracy',
+            'saturated', 'grad_norm']
+ROUND, WHITE = .3, .5  # the radius of the energy's valleys at the bottom and the strongest noise there, in units of [-1, 1]
 OUTPUTS = ['best.pt', 'last.pt', 'log.csv', 'curves.png']
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
 
@@ -61,25 +63,33 @@ def pyx_step(logits, y):
     return F.cross_entropy(logits, y)
 
 
-def matching_step(energy, x_real, z, t, slope):
+def matching_step(energy, x_real, away, slope):
     """How far the energy is from rising with the distance to the data, by `slope` for each unit of it: a scalar >= 0.
 
-    On the way x_t = x + t (z - x) from an image x to noise z let r be the distance to x (root mean square over the pixels).
-    The wanted energy is a valley, slope * sqrt(r^2 + ROUND^2): round at the bottom, then rising at a constant slope. Only
-    gradients are compared, so where data lie close together their valleys melt into one, as in denoising score matching
-    (Vincent 2011, over many noise levels Li et al. 2019; on the way from x to z equilibrium matching, Wang and Du 2025).
+    At x + away let r be the distance from x (root mean square of `away` over the pixels). The wanted energy is a valley,
+    slope * sqrt(r^2 + ROUND^2): round at the bottom, then rising at a constant slope. Only gradients are compared, so where
+    data lie close together their valleys melt into one, as in denoising score matching (Vincent 2011, over many noise
+    levels Li et al. 2019; on the way from x to noise equilibrium matching, Wang and Du 2025).
 
     Args:
         energy: callable, (B, C, H, W) -> (B,).
-        x_real, z: images and noise (B, C, H, W).
-        t: how far to go, (B, 1, 1, 1) in [0, 1].
+        x_real, away: images and ways to go from them, (B, C, H, W) both.
     """
-    away = t * (z - x_real)  # (B, C, H, W)
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
     wanted = away / (r ** 2 + ROUND ** 2).sqrt()  # N / slope times the gradient of the valley, for N pixels
     return (gradient * x_real[0].numel() / slope - wanted).square().mean()
+
+
+def ways_to_noise(x_real, kind, generator):
+    """Ways (B, C, H, W) to go from images for `matching_step`. Half of them lead to a `prior` z, t (z - x) with t uniform in
+    [0, 1], as chains do the other way; and all end in white noise of a standard deviation up to WHITE, or fine grain, which
+    is a small part of those ways, would be learned last, and chains would leave it on the paper."""
+    t, s = (torch.rand(len(x_real), 1, 1, 1, generator=generator, device=x_real.device) for _ in range(2))  # (B, 1, 1, 1)
+    z = prior(kind, x_real.shape, generator, x_real.device)  # (B, C, H, W)
+    white = torch.randn(x_real.shape, generator=generator, device=x_real.device)
+    return (2 * t - 1).clamp_min(0) * (z - x_real) + WHITE * s * white
 
 
 # --- one update: the algorithm box --------------------------------------------------------------------------------------
@@ -110,23 +120,23 @@ def update(run, x_real, y):
 
     loss_matching = torch.zeros_like(loss_pyx)
     if args.px_weight and args.matching:
-        z = prior(args.prior, x_real.shape, run.generator, x_real.device)  # (B, C, H, W)
-        t = torch.rand(len(y), 1, 1, 1, generator=run.generator, device=x_real.device)
-        loss_matching = args.matching * matching_step(energy, x_real, z, t, args.slope)
+        away = ways_to_noise(x_real, args.prior, run.generator)  # (B, C, H, W)
+        loss_matching = args.matching * matching_step(energy, x_real, away, args.slope)
 
     loss = args.px_weight * (gap + loss_reg + loss_matching) + args.pyx_weight * loss_pyx
-
-    run.optimizer.zero_grad()
-    loss.backward()
-    grad_norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), args.clip_norm)
-    run.optimizer.step()
-    run.ema.update_parameters(run.model)
 
     accuracy = (logits_real.argmax(1) == y).float().mean()
     at_limit = (images.abs() == 1).float().mean(dim=(1, 2, 3))  # (2B,)
     saturated = at_limit[-len(y):].mean() - at_limit[:len(y)].mean()
-    return torch.stack([loss, gap, loss_pyx, loss_reg, loss_matching, e_real, e_synth, grad_norm, accuracy,
-                        saturated]).detach()
+    numbers = torch.stack([loss, gap, loss_pyx, loss_reg, loss_matching, e_real, e_synth, accuracy, saturated]).detach()
+
+    run.optimizer.zero_grad()
+    loss.backward()
+    average([numbers, *(weight.grad for weight in run.model.parameters())])
+    grad_norm = clip_grad_norm_(run.model.parameters(), args.clip_norm)
+    run.optimizer.step()
+    run.ema.update_parameters(run.model)
+    return torch.cat([numbers, grad_norm[None]])
 
 
 def draw_samples(run, energy, x_real, label):
@@ -149,7 +159,7 @@ class Run:
         device = args.device
         torch.manual_seed(args.seed)  # the initial weights
         self.args = args
-        self.generator = torch.Generator(device).manual_seed(args.seed)  # everything random afterwards
+        self.generator = torch.Generator(device).manual_seed(args.seed + rank() * 10 ** 6)  # everything random afterwards
         channels, size = data.train.images.shape[1:3]
         num_classes = len(data.class_names) if args.model == 'jem' else 1
         self.model = EnergyModel(num_classes, channels, args.width, args.precision).to(device)
@@ -159,37 +169,43 @@ class Run:
         step_size = args.step_size  # by default one that moves pixels by .1 where the energy rises by --slope
         step_size = .1 * channels * size * size / args.slope if step_size is None else step_size
         self.sgld_settings = {'step_size': step_size, 'noise': args.noise, 'grad_clip': args.grad_clip}
-        lengths = [args.batch_size] * (num_classes if args.conditional else 1)
+        lengths = [args.batch_size // ranks()] * (num_classes if args.conditional else 1)
         if args.init == 'reservoir' and args.conditional:
             share = data.train.labels.bincount(minlength=num_classes) / len(data.train)  # (K,)
             # Rings as long as their class is frequent turn equally fast; a batch holds fewer than 16 of a rare class.
-            lengths = (share * args.reservoir).ceil().long().clamp_min(16).tolist()
+            lengths = (share * args.reservoir / ranks()).ceil().long().clamp_min(16).tolist()
         elif args.init == 'reservoir':
-            lengths = [max(args.reservoir, args.batch_size)]
+            lengths = [max(args.reservoir, args.batch_size) // ranks()]
         reinit = {'reservoir': args.reinit, 'noise': 1.}.get(args.init, 0.)
         self.reservoir = Reservoir(lengths, (channels, size, size), reinit, args.prior, self.generator, device)
         self.epoch, self.position = 0, 0  # finished epochs, and updates done in the current one
-        self.order = torch.zeros(0, dtype=torch.long, device=device)  # of the images in the current epoch
         self.sums = torch.zeros(len(AVERAGES), device=device)  # of what `update` returned in the current epoch
         self.checked = self.sums.clone()  # the same when the guard last looked
         self.norms, self.trips, self.events = [], 0, []  # the guard's: lengths of gradients, how often it tripped and why
         self.seconds, self.best, self.rows = 0., -math.inf, []
 
-    PARTS = ['model', 'ema', 'optimizer', 'reservoir']
-    VALUES = ['epoch', 'position', 'order', 'sums', 'checked', 'norms', 'trips', 'events', 'seconds', 'best',
+    PARTS = ['model', 'ema', 'optimizer']
+    VALUES = ['epoch', 'position', 'sums', 'checked', 'norms', 'trips', 'events', 'seconds', 'best',
               'rows']
 
     def state_dict(self):
+        own = {'reservoir': self.reservoir.state_dict(), 'generator': self.generator.get_state(),
+               'device': self.args.device.type}
         return {**{name: getattr(self, name).state_dict() for name in self.PARTS},
-                **{name: getattr(self, name) for name in self.VALUES}, 'generator': self.generator.get_state()}
+                **{name: getattr(self, name) for name in self.VALUES}, 'ranks': gather(own)}
 
     def load_state_dict(self, state):
+        if [own['device'] for own in state['ranks']] == [self.args.device.type] * ranks():
+            self.reservoir.load_state_dict(state['ranks'][rank()]['reservoir'])
+            self.generator.set_state(state['ranks'][rank()]['generator'])
+        else:
+            say('another number of processes or kind of device than before: going on with other random numbers')
+            self.reservoir.deal([own['reservoir'] for own in state['ranks']], rank(), ranks())
         for name in self.PARTS:
             getattr(self, name).load_state_dict(state[name])
         for name in self.VALUES:
             value = state[name]
             setattr(self, name, value.to(self.args.device) if torch.is_tensor(value) else value)
-        self.generator.set_state(state['generator'])
 
 
 def train(args, data):
@@ -197,29 +213,31 @@ def train(args, data):
     run = Run(args, data)
     if args.resume:
         resume(run, data)
-    if args.overwrite:
-        remove_old_run(args.out)
-    remove_halves(args.out)
+    if rank() == 0:
+        remove_files(args.out, old_run=args.overwrite)
     train_split, val_split = data.train.to(args.device), data.val.to(args.device)
     save_run(run, data)  # a folder that cannot be written is told now, not after an epoch
     if args.model == 'ebm':
         train_split.labels = torch.zeros_like(train_split.labels)  # one logit, no labels
     updates = len(train_split) // args.batch_size  # in an epoch; the few images that are left over change every time
-    bar = tqdm(total=args.epochs * updates, initial=run.epoch * updates + run.position, unit='update', mininterval=1.)
+    bar = tqdm(total=args.epochs * updates, initial=run.epoch * updates + run.position, unit='update', mininterval=1.,
+               disable=rank() > 0)
     with bar, StopSignal() as stop:
-        while run.epoch < args.epochs and not stop.asked:
+        stopping = False
+        while run.epoch < args.epochs and not stopping:
             started, trouble = time.monotonic(), ''
             if run.position == 0:
-                run.order = torch.randperm(len(train_split), generator=run.generator, device=args.device)
                 run.sums, run.checked = torch.zeros_like(run.sums), torch.zeros_like(run.sums)
-            for batch in run.order.split(args.batch_size)[run.position:updates]:  # (B,) positions in the training split
+            order = shuffle(train_split, args.seed, run.epoch)
+            for batch in order.split(args.batch_size)[run.position:updates]:  # (B,) positions in the training split
                 set_learning_rate(run, updates)
-                run.sums += update(run, *train_split.batch(batch))
+                run.sums += update(run, *train_split.batch(batch[rank()::ranks()]))
                 run.position += 1
                 bar.update()
-                if stop.asked or run.position % CHECK_EVERY == 0 or run.position == updates:
+                stopping = anywhere(stop.asked)
+                if stopping or run.position % CHECK_EVERY == 0 or run.position == updates:
                     trouble = check(run, bar)
-                if stop.asked or trouble or run.position % SAVE_EVERY == 0:
+                if stopping or trouble or run.position % SAVE_EVERY == 0:
                     break
             run.seconds += time.monotonic() - started
             if trouble:
@@ -229,6 +247,12 @@ def train(args, data):
                 finish_epoch(run, data, val_split)
             save_run(run, data)
     return stop.status
+
+
+def shuffle(split, seed, epoch):
+    """The order of the images in an epoch, the same in every process and after every resume."""
+    generator = torch.Generator().manual_seed(1000 * seed + epoch)
+    return torch.randperm(len(split), generator=generator).to(split.labels.device)  # (N,)
 
 
 def set_learning_rate(run, updates):
@@ -268,16 +292,17 @@ def recover(run, reason):
     that are broken."""
     event = f'{reason} (epoch {run.epoch + 1}, update {run.position})'
     if run.trips == MOST_TRIPS or not run.args.guard:
-        write_csv([*run.rows, {'epoch': run.epoch + 1, 'event': f'stopped: {event}'}], COLUMNS, run.args.out / 'log.csv')
+        if rank() == 0:
+            write_csv([*run.rows, {'epoch': run.epoch + 1, 'event': f'stopped: {event}'}], COLUMNS, run.args.out / 'log.csv')
         raise FloatingPointError(f'--lr {run.args.lr:g}: training diverged, trip {run.trips + 1}: {event}; the state '
                                  f'before that is in {run.args.out / "last.pt"}; start anew with a lower --lr, or with the '
                                  'defaults of --matching, --slope, --step-size and --noise')
-    kept = {'trips': run.trips + 1, 'events': [*run.events, event], 'seconds': run.seconds,
-            'generator': run.generator.get_state()}
+    kept, moved_on = {'trips': run.trips + 1, 'events': [*run.events, event], 'seconds': run.seconds}, run.generator.get_state()
     run.load_state_dict({**read_checkpoint(run.args.out / 'last.pt')['run'], **kept})
+    run.generator.set_state(moved_on)
     run.reservoir.mend(run.generator)
-    tqdm.write(f'guard: {event}; back to epoch {run.epoch + 1}, update {run.position}, with a learning rate '
-               f'{RETREAT ** run.trips:.2g} times as high')
+    say(f'guard: {event}; back to epoch {run.epoch + 1}, update {run.position}, with a learning rate '
+        f'{RETREAT ** run.trips:.2g} times as high')
 
 
 # --- validation, logging, saving ----------------------------------------------------------------------------------------
@@ -313,6 +338,8 @@ def finish_epoch(run, data, val_split):
     row.update(epoch=run.epoch, step=run.epoch * (len(data.train) // args.batch_size), seconds=run.seconds,
                lr=run.optimizer.param_groups[0]['lr'])
     run.rows.append(row)
+    if rank() > 0:
+        return
     write_csv(run.rows, COLUMNS, args.out / 'log.csv')
     if run.epoch % args.picture_every == 0 or run.epoch == args.epochs:
         plot_curves(run.rows, args)
@@ -325,8 +352,8 @@ def finish_epoch(run, data, val_split):
         run.best = score
         with atomic_write(args.out / 'best.pt') as file:
             save_checkpoint(file, run.ema.module, **checkpoint_facts(run, data))
-    tqdm.write(f'epoch {run.epoch}: gap {row["loss_px"]:+.2f}  val accuracy {row["val_accuracy"]:.4f}  '
-               f'AUPRC {row["val_auprc"]:.4f}  AUROC {row["val_auroc"]:.4f}{"  best so far" if best else ""}')
+    say(f'epoch {run.epoch}: gap {row["loss_px"]:+.2f}  val accuracy {row["val_accuracy"]:.4f}  '
+        f'AUPRC {row["val_auprc"]:.4f}  AUROC {row["val_auroc"]:.4f}{"  best so far" if best else ""}')
 
 
 def draw_grid(run, data):
@@ -367,10 +394,18 @@ def checkpoint_facts(run, data):
             'image_size': data.train.images.shape[-1], 'sampler': run.sgld_settings, 'epoch': run.epoch}
 
 
+def say(text):
+    """A line on the screen, above the progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
 def save_run(run, data):
     """last.pt: the checkpoint of the averaged weights plus the whole state of the run."""
-    with atomic_write(run.args.out / 'last.pt') as file:
-        save_checkpoint(file, run.ema.module, **checkpoint_facts(run, data), run=run.state_dict())
+    state = run.state_dict()
+    if rank() == 0:
+        with atomic_write(run.args.out / 'last.pt') as file:
+            save_checkpoint(file, run.ema.module, **checkpoint_facts(run, data), run=state)
 
 
 def resume(run, data):
@@ -477,7 +512,7 @@ def parse_args(argv=None):
     return args
 
 
-FREE = ['epochs', 'data', 'data_root', 'out', 'resume', 'overwrite', 'picture_every']  # may change on --resume
+FREE = ['epochs', 'data', 'data_root', 'out', 'resume', 'overwrite', 'picture_every', 'device']  # may change on --resume
 
 
 def resumed_args(parser, argv, out):
@@ -488,7 +523,7 @@ def resumed_args(parser, argv, out):
         saved = read_checkpoint(out / 'last.pt')['args']
     except CheckpointError as error:
         parser.error(str(error))
-    parser.set_defaults(**{key: value for key, value in saved.items() if key not in ('out', 'resume', 'overwrite')})
+    parser.set_defaults(**{key: value for key, value in saved.items() if key not in ('out', 'resume', 'overwrite', 'device')})
     args = parser.parse_args(argv)
     if args.epochs < saved['epochs']:
         parser.error(f'--epochs {args.epochs}: the run in {out} has {saved["epochs"]} to do; name at least as many')
@@ -508,32 +543,32 @@ def check_out(args):
 
 
 def check_data(args, data):
+    if args.batch_size % ranks():
+        fail(f'--batch-size {args.batch_size}: not to be shared evenly by {ranks()} processes; make it a multiple')
     if args.batch_size > len(data.train):
         fail(f'--batch-size {args.batch_size}: more than the {len(data.train)} training images; make it smaller')
     if args.model == 'jem' and len(data.class_names) < 2:
         fail(f'--data {args.data}: one class only, and a JEM needs two; use --model ebm')
 
 
-def remove_halves(out):
-    """What a killed run left half written: `atomic_write` puts a dot before the name and a process number behind it."""
-    for name in OUTPUTS:
-        for path in out.glob(f'.{name}.*'):
+def remove_files(out, old_run):
+    """Take away what a killed run left half written in `out` (`atomic_write` puts a dot before the name and a process number
+    behind it), and all of an old run, so that no file of it is taken for one of the new run."""
+    halves = [f'.{name}.*' for name in OUTPUTS]
+    for pattern in [*halves, *OUTPUTS, 'samples/epoch_*.png'] if old_run else halves:
+        for path in out.glob(pattern):
             path.unlink()
-
-
-def remove_old_run(out):
-    """What a former run left in `out`, so that no file of it is taken for one of the new run."""
-    for name in OUTPUTS:
-        (out / name).unlink(missing_ok=True)
-    for path in out.glob('samples/epoch_*.png'):
-        path.unlink()
 
 
 def main(argv=None):
     args = parse_args(argv)
+    join_ranks()
     with mistakes_told(DataError, FloatingPointError):
         check_out(args)
-        data = load_data(args.data, args.image_size, args.data_root, args.seed)
+        for turn in range(ranks()):  # one after the other: the first may have to download or to print the letters
+            if turn == rank():
+                data = load_data(args.data, args.image_size, args.data_root, args.seed)
+            anywhere(False)
         check_data(args, data)
         status = train(args, data)
     if status:

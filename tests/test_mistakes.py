@@ -373,8 +373,10 @@ RUNS = {
     'missing': (Path.unlink, 'no last.pt in run; start without --resume'),
     'best.pt in its place': (lambda path: shutil.copy(path.with_name('best.pt'), path), 'last.pt ... --out'),
     'of another network': (edit_run(lambda run: run.update(model=EnergyModel(1, 1, 4).state_dict())), 'last.pt ... --out'),
-    'without its reservoir': (edit_run(lambda run: run.pop('reservoir')), 'last.pt ... --out'),
-    'of another reservoir': (edit_run(lambda run: run['reservoir'].update(chains=torch.zeros(1))), 'last.pt ... --out'),
+    'without its reservoir': (edit_run(lambda run: run['ranks'][0].pop('reservoir')), 'last.pt ... --out'),
+    'of another reservoir': (edit_run(lambda run: run['ranks'][0]['reservoir'].update(chains=torch.zeros(1))),
+                             'last.pt ... --out'),
+    'of no process': (edit_run(lambda run: run['ranks'].clear()), 'last.pt ... --out'),
     'of NaN': (edit_run(lambda run: run['model']['head.bias'].fill_(np.nan)), 'last.pt ... --out'),
 }
 

@@ -50,16 +50,27 @@ def test_matching_is_met_by_the_valley_itself():
     """The term is 0 for E = slope * sqrt(r^2 + ROUND^2) around the image, r the root mean square distance of the pixels, and
     the mean square of the difference for an energy that is twice as steep."""
     generator = torch.Generator().manual_seed(0)
-    x, z = torch.rand(6, 1, 4, 4, generator=generator), prior('uniform', (6, 1, 4, 4), generator)
-    t = torch.rand(6, 1, 1, 1, generator=generator)
+    x, away = torch.rand(6, 1, 4, 4, generator=generator), prior('uniform', (6, 1, 4, 4), generator)
 
     def valley(slope):
         return lambda x_t: slope * ((x_t - x).square().mean(dim=(1, 2, 3)) + train.ROUND ** 2).sqrt()
 
-    assert train.matching_step(valley(40.), x, z, t, 40.).item() == pytest.approx(0, abs=1e-10)
-    r2 = (t * (z - x)).square().mean(dim=(1, 2, 3))
-    assert train.matching_step(valley(80.), x, z, t, 40.).item() == pytest.approx(
+    assert train.matching_step(valley(40.), x, away, 40.).item() == pytest.approx(0, abs=1e-10)
+    r2 = away.square().mean(dim=(1, 2, 3))
+    assert train.matching_step(valley(80.), x, away, 40.).item() == pytest.approx(
         (r2 / (r2 + train.ROUND ** 2)).mean().item())
+
+
+def test_ways_to_noise():
+    """Half of the ways stay at the image, up to white noise of a variance of s^2, s uniform up to WHITE; the others lead towards
+    the prior, to any t of the way: from an image of ones to N(0, .01) the mean is -t."""
+    x, generator = torch.ones(4000, 1, 16, 16), torch.Generator().manual_seed(0)
+    away = train.ways_to_noise(x, 'gaussian', generator)
+    t = -away.mean(dim=(1, 2, 3))  # (4000,), within WHITE / 16
+    stays = t < 3 * train.WHITE / 16
+    assert abs(stays.float().mean() - .5 - .5 * 3 * train.WHITE / 16) < .03
+    assert abs(t[~stays].mean() - .5 - 1.5 * train.WHITE / 16) < .03 and t.max() > .95
+    assert abs(away[stays].var() / (train.WHITE ** 2 / 3) - 1) < .1
 
 
 def test_matching_teaches_the_weights():
@@ -68,8 +79,7 @@ def test_matching_teaches_the_weights():
     model, x = EnergyModel(1, width=4), torch.zeros(16, 1, 16, 16)
     optimizer, losses = torch.optim.Adam(model.parameters(), 1e-2), []
     for _ in range(80):
-        z, t = prior('uniform', x.shape), torch.rand(16, 1, 1, 1)
-        loss = train.matching_step(model.energy, x, z, t, 10.)
+        loss = train.matching_step(model.energy, x, prior('uniform', x.shape) * torch.rand(16, 1, 1, 1), 10.)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -230,7 +240,7 @@ def test_guard_mends_a_broken_chain(trained, glyphs, tmp_path):
     """NaN in the reservoir: one trip, named in the log, with a lower rate from there on, and the chain is drawn afresh."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     last = torch.load(tmp_path / 'last.pt', weights_only=True)
-    last['run']['reservoir']['chains'][:, 0, 3, 3] = math.nan
+    last['run']['ranks'][0]['reservoir']['chains'][:, 0, 3, 3] = math.nan
     torch.save(last, tmp_path / 'last.pt')
     train.main(['--out', str(tmp_path), '--resume', '--epochs', '4'])
     rows = read_log(tmp_path)
