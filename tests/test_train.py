@@ -245,7 +245,7 @@ def test_guard_mends_a_broken_chain(trained, glyphs, tmp_path):
     train.main(['--out', str(tmp_path), '--resume', '--epochs', '4'])
     rows = read_log(tmp_path)
     assert len(rows) == 4 and 'not finite' in rows[2]['event'] and not rows[3]['event'] and finite(tmp_path)
-    assert float(rows[3]['lr']) == pytest.approx(1e-3 * .12 * .98 ** 3 * train.RETREAT, rel=1e-3)  # still warming up
+    assert float(rows[3]['lr']) == pytest.approx(2e-3 * .12 * .98 ** 3 * train.RETREAT, rel=1e-3)  # still warming up
 
 
 def test_guard_can_be_switched_off(glyphs, tmp_path, capsys):
