@@ -669,10 +669,10 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     for i, text in enumerate(rows or []):
         axes.text(-4 / zoom, i * (height + gap) + height / 2, text, ha='right', va='center', fontsize=8, parse_math=False)
     for i, text in enumerate(heads or []):
-        axes.text(i * (width + 2) + width / 2, -2 / zoom, text, ha='center', va='bottom', fontsize=8)
+        axes.text(i * (width + 2) + width / 2, -2 / zoom, text, ha='center', va='bottom', fontsize=8, parse_math=False)
     for i, text in enumerate(captions or []):
         axes.text(i % columns * (width + 2) + width / 2, i // columns * (height + gap) + height + 1 / zoom, text,
-                  ha='center', va='top', fontsize=6)
+                  ha='center', va='top', fontsize=6, parse_math=False)
     if curve:
         plot = figure.add_axes([max(left, 60) / size[0], 45 / size[1], 1 - (max(left, 60) + 12) / size[0], 145 / size[1]])
         plot.plot(curve[1])

@@ -254,7 +254,10 @@ def missing_pixels(streams, checkpoint, args):
 def denoise(model, checkpoint, args):
     """Take Gaussian noise of known strengths s from images: chains without noise from the noisy image y along the sum of
 
-        E(x) + w / (2 s^2) |x - y|^2        the energy and, by Bayes' rule, the data term of p(x|y), at a temperature w
+        E(x) + w / (2 s^2) |x - y|^2        the energy and, by Bayes' rule, the data term of p(x|y), at a temperature w,
+
+    which is --data-weight over the step size: the share of the noise variance by which a step pulls back to y is the same
+    for any step size.
 
     Baselines: the noisy image as it is, and total variation, which needs no training."""
     x, given = given_images(checkpoint, args)  # (N, C, H, W)
@@ -340,30 +343,43 @@ def evaluate(model, checkpoint, args):
     the same of further test images: what real ones reach. evaluate.png begins with the samples it likes least."""
     judge = load_judge(checkpoint, args)
     test = load_trained(checkpoint, args.data, args.data_root).test
-    picked = torch.randperm(len(test), generator=torch.Generator().manual_seed(args.seed))
-    first, second = picked[:2 * (min(2 * args.images, len(test)) // 2)].chunk(2)  # (N,) both
-    (real, y), (other, y_other) = (test.batch(index) for index in (first, second))
-    real, y, other, y_other = (tensor.to(args.device) for tensor in (real, y, other, y_other))
+    first, second = paired_halves(test.labels, args.images, args.seed)  # (N,) both
+    (real, y), (other, _) = (test.batch(index) for index in (first, second))
     streams, z = start_noise(len(y), checkpoint, args)
-    x = draw(guided(model, args), z, streams, checkpoint, args, (y,)).x  # (N, C, H, W)
+    x = draw(guided(model, args), z, streams, checkpoint, args, (y.to(args.device),)).x  # (N, C, H, W)
 
-    seen = {name: judge_features(judge, images) for name, images in (('real', real), ('samples', x), ('more real', other))}
+    seen = {name: judge_features(judge, images.to(args.device))
+            for name, images in (('real', real), ('samples', x), ('more real', other))}
     features_real = seen['real'][0]
     alike = nearest(features_real, y).quantile(.05)  # nearer than that, two images count as one
     rows = []
-    for name, labels in (('samples', y), ('more real', y_other)):
+    for name in ('samples', 'more real'):
         features, logits = seen[name]
-        rows.append({'images': name, 'agreement': (logits.argmax(1) == labels).float().mean().item(),
+        rows.append({'images': name, 'agreement': (logits.argmax(1) == y).float().mean().item(),
                      'frechet': frechet_distance(features, features_real),
-                     'distinct': (nearest(features, labels) > alike).float().mean().item(), 'n': len(labels)})
+                     'distinct': (nearest(features, y) > alike).float().mean().item(), 'n': len(y)})
         print(f'{name:>9}: ' + '  '.join(f'{key} {value:.3f}' for key, value in list(rows[-1].items())[1:4]))
     write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
     confidence = seen['samples'][1].softmax(1).gather(1, y[:, None]).squeeze(1)  # (N, K) -> (N,)
     order = confidence.argsort()[:64]
     names = class_names(y[order], checkpoint)
-    save_grid(x[order], args.out / 'evaluate.png', 8, 'the samples that the judge likes least: class asked for, its p(y|x)',
+    save_grid(x.cpu()[order], args.out / 'evaluate.png', 8,
+              'the samples that the judge likes least: class asked for, its p(y|x)',
               captions=[f'{name}: {p:.2f}' for name, p in zip(names, confidence[order].tolist())])
     return x
+
+
+def paired_halves(labels, count, seed):
+    """Positions of two disjoint random sets of at most `count` images each with the very same labels (N,), pair by pair: a
+    Frechet distance would count another mixture of classes as well."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    order = order[labels[order].argsort(stable=True)]  # class by class, at random within a class
+    sizes = labels.bincount().tolist()
+    pairs = torch.cat([part[:len(part) // 2 * 2].view(-1, 2) for part in order.split(sizes)])  # (P, 2), an odd one left out
+    if len(pairs) < 2 or count < 2:
+        fail('--images: evaluate compares at least two samples with two pairs of test images of one class')
+    picked = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count]
+    return pairs[picked].unbind(1)  # (N,) both
 
 
 def load_judge(checkpoint, args):
@@ -373,6 +389,8 @@ def load_judge(checkpoint, args):
              'same data makes one')
     judge, facts = load_model(args.judge, args.device, args.precision)
     seen, wanted = ((found['class_names'], image_shape(found), found['args']['seed']) for found in (facts, checkpoint))
+    if args.judge.samefile(args.ckpt):
+        fail(f'--judge {args.judge}: is --ckpt itself, and samples are not judged by the model that drew them; name another')
     if not facts['class_names'] or seen != wanted:
         fail(f'--judge {args.judge}: not trained on the data of {args.ckpt}; train it with the same --data and --seed '
              f'{checkpoint["args"]["seed"]}')
@@ -382,7 +400,7 @@ def load_judge(checkpoint, args):
 def judge_features(judge, x):
     """Last features (N, D), as float64, and logits (N, K) of images (N, C, H, W)."""
     features = torch.cat([judge.features(part) for part in x.split(256)])  # (N, D)
-    return features.double(), judge.head(features)  # (N, D), (N, K)
+    return features.cpu().double(), judge.head(features).cpu()  # (N, D), (N, K); mps has no float64
 
 
 def frechet_distance(a, b):

@@ -115,7 +115,8 @@ def mistakes_told(*errors):
     except (CheckpointError, OSError, *errors) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if not re.search('out of memory|allocate|Storage size', str(error)):  # a bare RuntimeError, where it is the CPU's
+        told = re.search('out of memory|allocate|Storage size', str(error))  # a bare RuntimeError, where it is the CPU's
+        if not (told or isinstance(error, MemoryError)):
             raise
         fail('not enough memory; make --batch-size, --image-size, --width, --reservoir or --count smaller')
     except KeyboardInterrupt:

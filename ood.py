@@ -86,8 +86,9 @@ def detection(score_id, score_ood, seed=0, resamples=1000):
 
     Returns:
         AUROC (ties count half) with its 95 % bootstrap interval (both sets resampled with replacement), the area under
-        the precision-recall curve with OOD as the positive class, and the false-positive rate at the first threshold
-        that finds at least 95 % of the OOD inputs. All nan if one of the sets is empty.
+        the precision-recall curve with OOD as the positive class, and FPR95, the share of in-distribution inputs above
+        the threshold that finds 95 % of the OOD inputs (some papers count the other way round: the share of OOD inputs
+        below the threshold that keeps 95 % of the in-distribution ones, here 1 - `rejected`). All nan if a set is empty.
     """
     counts = {'n_id': len(score_id), 'n_ood': len(score_ood)}
     if not all(counts.values()):
@@ -168,14 +169,13 @@ def judge(model, checkpoint, args):
 
 # --- the report -----------------------------------------------------------------------------------------------------------
 
-def report(model, baseline, data, sets, args):
-    """Every score on every OOD set: the table, ood.csv, the pictures and the threshold."""
+def report(model, baseline, data, images, args):
+    """Every score on every OOD set of `images` (see `load_sets`): the table, ood.csv, the pictures and the threshold."""
     energy_val = logit_scores(get_logits(model, data.val.images, args.device))['energy']  # (N,)
     threshold = find_threshold(energy_val)
-    images = {'test': data.test.images, **sets}
     scores = {name: all_scores(model, baseline, images[name], args.device) for name in tqdm(images, 'scores', unit='set')}
     rows = [{'set': name, 'score': score, **detection(scores['test'][score], scores[name][score], args.seed)}
-            for name in tqdm(sets, 'intervals', unit='set') for score in scores['test']]
+            for name in tqdm([*images][1:], 'intervals', unit='set') for score in scores['test']]
     energies = {name: found['energy'] for name, found in scores.items()}
     rejected = {name: float((energy > threshold).mean()) for name, energy in energies.items()}
     print_table(rows, rejected, threshold)
@@ -348,7 +348,7 @@ def pgd(model, x, y, norm, radius, defence, generator):
 
     moved = project(radius * torch.randn(x.shape, generator=generator, device=x.device))
     worst, worst_margin = moved, torch.full((len(x),), -torch.inf, device=x.device)
-    for _ in range(PGD_STEPS):
+    for _ in range(PGD_STEPS + 1):  # the start and the points after each step
         margin, gradient = attack_gradient(model, moved, y, defence, generator)
         worst = torch.where((margin > worst_margin)[:, None, None, None], moved, worst)
         worst_margin = torch.maximum(margin, worst_margin)
@@ -448,12 +448,12 @@ def load_baseline(args, checkpoint):
 
 
 def load_sets(args, data, checkpoint):
-    """{name: uint8 (N, C, H, W)} of the OOD sets; a path goes by its stem, unless another set does already."""
-    root, seed = args.data_root or checkpoint['args']['data_root'], checkpoint['args']['seed']
-    sets = {}
+    """{name: uint8 (N, C, H, W)}, first `test`, then the OOD sets; a path goes by its stem, unless another set does already."""
+    root = args.data_root or checkpoint['args']['data_root']
+    sets = {'test': data.test.images}
     for name in args.ood or ood_names(data, checkpoint['data'], root):
         stem = Path(name).stem or name
-        sets[name if stem in sets else stem] = load_ood(name, data, seed, root)
+        sets[name if stem in sets else stem] = load_ood(name, data, args.seed, root)
     return sets
 
 

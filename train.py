@@ -47,6 +47,8 @@ def px_step(logits_real, logits_synth):
 
         grad -log p(x) = grad E(x) - E_{x' ~ p}[grad E(x')]        so   loss = mean E(x_real) - mean E(x_synth)
 
+    This is exact for x' ~ p. Chains with less noise than sqrt(2 * step_size) draw from a colder law, near the modes of p.
+
     Args:
         logits_real, logits_synth: f(x)[y] (B, K) of data and of chains.
 
@@ -166,7 +168,7 @@ class Run:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
         # No momentum: what it remembers was said of chains that have moved on since.
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, betas=(0., .999))
-        step_size = args.step_size  # by default one that moves pixels by .1 where the energy rises by --slope
+        step_size = args.step_size  # by default one that moves pixels by .1, root mean square, at the slope of the valleys
         step_size = .1 * channels * size * size / args.slope if step_size is None else step_size
         self.sgld_settings = {'step_size': step_size, 'noise': args.noise, 'grad_clip': args.grad_clip}
         lengths = [args.batch_size // ranks()] * (num_classes if args.conditional else 1)
@@ -189,8 +191,8 @@ class Run:
               'rows']
 
     def state_dict(self):
-        own = {'reservoir': self.reservoir.state_dict(), 'generator': self.generator.get_state(),
-               'device': self.args.device.type}
+        reservoir = {key: value.cpu() for key, value in self.reservoir.state_dict().items()}
+        own = {'reservoir': reservoir, 'generator': self.generator.get_state(), 'device': self.args.device.type}
         return {**{name: getattr(self, name).state_dict() for name in self.PARTS},
                 **{name: getattr(self, name) for name in self.VALUES}, 'ranks': gather(own)}
 
@@ -240,11 +242,11 @@ def train(args, data):
                 if stopping or trouble or run.position % SAVE_EVERY == 0:
                     break
             run.seconds += time.monotonic() - started
+            if run.position == updates and not trouble:
+                trouble = finish_epoch(run, data, val_split)
             if trouble:
                 recover(run, trouble)
                 bar.n = run.epoch * updates + run.position
-            elif run.position == updates:
-                finish_epoch(run, data, val_split)
             save_run(run, data)
     return stop.status
 
@@ -310,7 +312,8 @@ def recover(run, reason):
 @torch.no_grad()
 def validate(run, split):
     """Accuracy and macro AUPRC of p(y|x) on the whole split, and the AUROC of its energies against what no data set needs
-    to give: as many half-and-half mixtures of two of its images, and as many images of uniform noise."""
+    to give: as many half-and-half mixtures of two of its images, and as many images of uniform noise. None if these are not
+    finite."""
     model, logits, made_up = run.ema.module, [], []
     generator = torch.Generator(split.labels.device).manual_seed(run.args.seed)  # the same noise in every epoch
     index = torch.arange(len(split), device=split.labels.device)
@@ -321,25 +324,32 @@ def validate(run, split):
         made_up += [model.energy((x + other) / 2), model.energy(noise)]  # (B,) each
     logits, y = torch.cat(logits), split.labels.cpu()  # (N, K), (N,)
     energy = torch.cat([-logits.logsumexp(1), *made_up]).cpu()  # (3N,)
+    if not energy.isfinite().all():
+        return None
     scores = {'val_accuracy': math.nan, 'val_auprc': math.nan,
               'val_auroc': float(roc_auc_score(np.repeat([0, 1], [len(y), 2 * len(y)]), energy))}
     if run.args.model == 'jem':
-        probability = logits.softmax(1).cpu().numpy()  # (N, K)
+        probability = logits.cpu().double().softmax(1).numpy()  # (N, K); in float32 sure answers would all be 1
         auprc = [average_precision_score(y == label, probability[:, label]) for label in y.unique().tolist()]
         scores.update(val_accuracy=(logits.argmax(1).cpu() == y).float().mean().item(), val_auprc=float(np.mean(auprc)))
     return scores
 
 
 def finish_epoch(run, data, val_split):
-    """Validate the averaged weights, write the log, the curves and now and then samples, and keep the best checkpoint."""
+    """Validate the averaged weights, write the log, the curves and now and then samples, and keep the best checkpoint.
+    Returns what is wrong, or ''."""
     args, scores = run.args, validate(run, val_split)
+    if scores is None:
+        return 'the energies of validation images are not finite'
     row = {**dict(zip(AVERAGES, (run.sums / run.position).tolist())), **scores, 'event': '; '.join(run.events)}
+    if not args.px_weight:  # a plain classifier has no chains
+        row.update(dict.fromkeys(['loss_px', 'loss_reg', 'energy_synth', 'saturated'], math.nan))
     run.epoch, run.position, run.events = run.epoch + 1, 0, []
     row.update(epoch=run.epoch, step=run.epoch * (len(data.train) // args.batch_size), seconds=run.seconds,
                lr=run.optimizer.param_groups[0]['lr'])
     run.rows.append(row)
     if rank() > 0:
-        return
+        return ''
     write_csv(run.rows, COLUMNS, args.out / 'log.csv')
     if run.epoch % args.picture_every == 0 or run.epoch == args.epochs:
         plot_curves(run.rows, args)
@@ -354,6 +364,7 @@ def finish_epoch(run, data, val_split):
             save_checkpoint(file, run.ema.module, **checkpoint_facts(run, data))
     say(f'epoch {run.epoch}: gap {row["loss_px"]:+.2f}  val accuracy {row["val_accuracy"]:.4f}  '
         f'AUPRC {row["val_auprc"]:.4f}  AUROC {row["val_auroc"]:.4f}{"  best so far" if best else ""}')
+    return ''
 
 
 def draw_grid(run, data):
@@ -487,7 +498,8 @@ def build_parser():
     group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
     group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
-    group.add_argument('--step-size', type=real(1e-9), help='default: .1 * pixels / slope, which moves pixels by up to .1')
+    group.add_argument('--step-size', type=real(1e-9), help='default: .1 * pixels / slope, which moves them by '
+                       'up to .1, root mean square')
     group.add_argument('--noise', type=real(0), default=.02, help='standard deviation of the noise of a step')
     group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. at .03')
     parser.add_shared_arguments()
@@ -505,6 +517,7 @@ def parse_args(argv=None):
         args.conditional = args.model == 'jem'
     if args.data not in NAMES and Path(args.data).is_dir():
         args.data = str(Path(args.data).resolve())  # so that ood.py finds it from any folder
+    args.data_root = args.data_root.resolve()
     if not (args.px_weight or args.pyx_weight):
         parser.error('--px-weight 0 and --pyx-weight 0: nothing is left to learn; leave one of them out')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
@@ -554,7 +567,7 @@ def check_data(args, data):
 def remove_files(out, old_run):
     """Take away what a killed run left half written in `out` (`atomic_write` puts a dot before the name and a process number
     behind it), and all of an old run, so that no file of it is taken for one of the new run."""
-    halves = [f'.{name}.*' for name in OUTPUTS]
+    halves = [f'.{name}.*' for name in OUTPUTS] + ['samples/.epoch_*.png.*']
     for pattern in [*halves, *OUTPUTS, 'samples/epoch_*.png'] if old_run else halves:
         for path in out.glob(pattern):
             path.unlink()

@@ -301,6 +301,7 @@ def test_mistakes(trained, coloured, tmp_path, refused):
             ['--strengths', '--ckpt', ckpt, '--mode', 'denoise', '--strengths', '0'],
             ['takes one', '--ckpt', ckpt, '--mode', 'inpaint', '--classes', 'lie', 'lean'],
             ['--gif', '--ckpt', ckpt, '--mode', 'concepts', '--gif'],
+            ['--ckpt itself', '--ckpt', ckpt, '--mode', 'evaluate', '--judge', ckpt],
             ['--count', '--ckpt', ckpt, '--count', '0']):
         assert wanted in refused(generate.main, *flags, *out), flags
     assert '--ckpt' in refused(generate.main)
@@ -317,6 +318,16 @@ def test_frechet_distance_of_normal_laws():
     a, b = z * torch.tensor([1., 2., 3.]), z * torch.tensor([2., 2., 1.]) + torch.tensor([0., 3., 0.])
     assert generate.frechet_distance(a, b) == pytest.approx(1 + 4 + 9, rel=1e-6)
     assert generate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+
+
+def test_halves_are_disjoint_and_paired_by_class():
+    """Two disjoint sets with the very same labels, as many of a class as it has pairs, or `count` pairs of any."""
+    labels = torch.tensor([0] * 7 + [1] * 4 + [2] + [4] * 20)[torch.randperm(32, generator=torch.Generator().manual_seed(0))]
+    first, second = generate.paired_halves(labels, 500, 0)
+    assert torch.equal(labels[first], labels[second]) and len(torch.cat([first, second]).unique()) == 2 * len(first)
+    assert labels[first].bincount().tolist() == [3, 2, 0, 0, 10]
+    assert len(generate.paired_halves(labels, 5, 0)[0]) == 5
+    assert not torch.equal(generate.paired_halves(labels, 5, 1)[0], generate.paired_halves(labels, 5, 0)[0])
 
 
 def test_nearest_looks_among_others_of_its_class():
@@ -341,6 +352,6 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
     noise = agreement()
     assert noise['samples'] < .7 < .9 < noise['more real']
     test = data.load_data(str(glyphs), 16).test
-    picked = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))[:len(test) // 2]
+    picked, _ = generate.paired_halves(test.labels, 500, 0)
     monkeypatch.setattr(generate, 'draw', lambda *_: generate.Chains(test.batch(picked)[0], None, None))
     assert agreement()['samples'] > .9

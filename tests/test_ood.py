@@ -168,6 +168,14 @@ def test_attack_gradient_averages_fresh_noise(monkeypatch):
     assert margin.eq(0).all() and torch.equal(gradient.flatten(1), torch.tensor([-1., 1., 0., 0.]).expand(500, 4))
 
 
+def test_pgd_looks_at_the_point_after_its_last_step(monkeypatch):
+    """One step of 2.5 r finds the worst corner of the ball."""
+    monkeypatch.setattr(ood, 'PGD_STEPS', 1)
+    model, generator = Linear(torch.tensor([[0., 0, 0, 0], [1, -1, 2, 1]])), torch.Generator().manual_seed(0)
+    worst = ood.pgd(model, torch.zeros(1, 1, 2, 2), torch.tensor([0]), 'Linf', .1, {'steps': 0, 'step_size': 0.}, generator)
+    assert torch.allclose(worst.flatten(), .1 * torch.tensor([1., -1, 1, 1]))
+
+
 @pytest.mark.parametrize('norm, dual, share', [('Linf', 1, .999), ('L2', 2, .95)])
 def test_pgd_finds_the_worst_point_of_a_linear_classifier(norm, dual, share):
     """In a ball of radius r the margin of a linear classifier grows by r times the dual norm of the difference of weights;
@@ -251,6 +259,16 @@ def test_sets_by_path(trained, tmp_path):
     first, second = rows[:len(SCORES)], rows[len(SCORES):]
     assert first[0]['set'] == 'scans' and second[0]['set'] == str(tmp_path / 'scans')
     assert [{**row, 'set': ''} for row in first] == [{**row, 'set': ''} for row in second]
+
+
+def test_a_path_called_test_is_no_test_set(trained, tmp_path):
+    """An OOD set named like the in-distribution one changes nothing about the others."""
+    np.save(tmp_path / 'test.npy', np.random.default_rng(0).integers(0, 256, (6, 20, 20), dtype=np.uint8))
+    run(trained / 'best.pt', tmp_path, '--ood', tmp_path / 'test.npy', 'noise')
+    rows = read_rows(tmp_path / 'ood.csv')
+    assert rows[0]['set'] == str(tmp_path / 'test.npy') and rows[0]['n_ood'] == '6' and rows[0]['n_id'] == '24'
+    run(trained / 'best.pt', tmp_path, '--ood', 'noise')
+    assert read_rows(tmp_path / 'ood.csv') == rows[len(SCORES):]
 
 
 def test_judge(trained, others, glyphs, tmp_path, capsys):
