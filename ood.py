@@ -179,6 +179,10 @@ def report(model, baseline, data, images, args):
     energies = {name: found['energy'] for name, found in scores.items()}
     rejected = {name: float((energy > threshold).mean()) for name, energy in energies.items()}
     print_table(rows, rejected, threshold)
+    for name, classifier in {'checkpoint': model, 'baseline': baseline}.items():
+        if classifier is not None and classifier.settings['num_classes'] > 1:
+            right = get_logits(classifier, data.test.images, args.device).argmax(1) == data.test.labels  # (N, K) -> (N,)
+            print(f'accuracy of the {name} on the test images: {right.float().mean():.4f} (n {len(right)})')
     write_csv(rows, COLUMNS, args.out / 'ood.csv')
     store_threshold(energy_val, rejected, args)
     plot_histograms(energies, rejected, threshold, args.out / 'ood.png')

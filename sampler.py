@@ -18,6 +18,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
       whose stationary law tends to exp(-E)/Z as eta -> 0 (with no clip and no clamp).
     * A smaller noise samples a colder law: to first order exp(-E/T)/Z with T = noise^2 / (2 * step_size). Course practice
       (step_size 10, noise .005) is that cold, and its clipped gradient makes it no exact sampler of any temperature.
+    * One noise for each step makes the chain cool down on its way, see `annealed`.
 
     Args:
         energy: callable, (B, C, H, W) -> (B,). Only the gradient with respect to x is taken, so parameters, their
@@ -25,7 +26,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
         x: start of the chains, (B, C, H, W) float32; not changed.
         steps: number of steps K, at least 0.
         step_size: see above.
-        noise: standard deviation of the noise of a step.
+        noise: standard deviation of the noise of a step, or a list of `steps` of them.
         grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip] first, or None.
         clamp: (low, high) that pixels are held in, or None.
         generator: torch.Generator of x's device for the noise, or a list of B of them, see `randn`.
@@ -35,9 +36,10 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
             start: the chain is a network x_K = M(x_0), whose layers are its steps.
     """
     noise = (2 * step_size) ** 0.5 if noise is None else noise
+    levels = noise if isinstance(noise, list) else [noise] * steps
     if not differentiable:
         x = x.detach()
-    for k in range(steps):
+    for k, level in enumerate(levels):
         x.requires_grad_(True)
         with torch.enable_grad():
             e = energy(x)  # (B,)
@@ -51,13 +53,19 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
         if grad_clip is not None:
             gradient = gradient.clamp(-grad_clip, grad_clip)
         x = x - step_size * gradient
-        if noise:
-            x = x + noise * randn(x.shape, generator, x.device)
+        if level:
+            x = x + level * randn(x.shape, generator, x.device)
         if clamp is not None:
             x = x.clamp(*clamp)
         if free is not None:
             x = torch.where(free, x, before)
     return x
+
+
+def annealed(steps, first=.5):
+    """Noise for each of `steps` steps, from `first` evenly down to 0: annealed Langevin dynamics (Song and Ermon 2019). A chain
+    that begins hot chooses among the modes at random, where a cold one falls into the nearest, and it ends on clean paper."""
+    return [first * (1 - k / steps) for k in range(steps)]
 
 
 def randn(shape, generator=None, device='cpu'):

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import NAMES, DataError, atomic_write, load_data, save_figure, save_grid, write_csv
 from model import (CheckpointError, CommandLine, EnergyModel, anywhere, average, fail, folder, gather, join_ranks,
                    mistakes_told, rank, ranks, read_checkpoint, real, save_checkpoint, whole)
-from sampler import Reservoir, prior, sgld
+from sampler import Reservoir, annealed, prior, sgld
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples); saturated is
 # the share of pixels at -1 or 1 in samples beyond that in data.
@@ -370,11 +370,12 @@ def finish_epoch(run, data, val_split):
 def draw_grid(run, data):
     """samples/epoch_NNN.png: eight chains from N(0, 0.01) for each of up to twelve classes, after 256 steps of E(x, y)."""
     args, model = run.args, run.ema.module
+    settings = {**run.sgld_settings, **({'noise': annealed(256)} if args.matching else {})}  # what is shaped bears the heat
     labels = torch.arange(min(model.settings['num_classes'], 12), device=args.device)
     y = labels.repeat_interleave(8)  # (R,) -> (8R,)
     generator = torch.Generator(args.device).manual_seed(args.seed)
     start = prior('gaussian', (len(y), *run.reservoir.chains.shape[1:]), generator, args.device)  # (8R, C, H, W)
-    x = sgld(lambda x: model.energy(x, y), start, 256, generator=generator, **run.sgld_settings)
+    x = sgld(lambda x: model.energy(x, y), start, 256, generator=generator, **settings)
     save_grid(x, args.out / 'samples' / f'epoch_{run.epoch:03d}.png', 8, f'epoch {run.epoch}: 256 steps from noise',
               rows=[data.class_names[label] for label in labels] if len(labels) > 1 else None)
 

@@ -4,7 +4,7 @@ import torch
 import torch.utils.checkpoint
 
 from model import EnergyModel
-from sampler import Reservoir, grainy, prior, randn, sgld
+from sampler import Reservoir, annealed, grainy, prior, randn, sgld
 
 
 def quadratic(s):
@@ -28,6 +28,17 @@ def test_no_noise_given_means_temperature_one():
     generator = torch.Generator().manual_seed(0)
     x = sgld(quadratic(.3), torch.zeros(40_000, 1, 1, 1), 1500, .0005, clamp=None, generator=generator)
     assert abs(x.var() - .09) < .09 * (.0005 / .09 + 3 * (2 / len(x)) ** .5)
+
+
+def test_noise_that_cools_down():
+    """One noise a step: the variance follows v <- (1 - a)^2 v + n_k^2, and levels fall from the first to the last above 0."""
+    levels, a, v = annealed(20, .4), .3, 0.
+    assert len(levels) == 20 and levels[0] == .4 and 0 < levels[-1] == pytest.approx(.02)
+    generator = torch.Generator().manual_seed(0)
+    x = sgld(quadratic(1.), torch.zeros(40_000, 1, 1, 1), 20, a, levels, clamp=None, generator=generator)
+    for n in levels:
+        v = (1 - a) ** 2 * v + n ** 2
+    assert abs(x.var() - v) < 3 * v * (2 / len(x)) ** .5
 
 
 def test_clip_and_clamp():
