@@ -156,9 +156,9 @@ def race(theirs, ours, device, pairs):
 def compare(size, batch, steps, precision, pairs, device):
     """One row of the table; returns our image-steps per second and our updates per second, and both ratios, medians."""
     theirs, ours = contenders(size, batch, precision, device)
-    start = prior('uniform', (1024, 1, size, size), torch.Generator(device).manual_seed(1), device)
+    start = prior('uniform', (256, 1, size, size), torch.Generator(device).manual_seed(1), device)
     with torch.no_grad():  # the same law from the same starts?
-        e = [theirs.model.energy(sampler.walk(start.clone(), steps)).double() for sampler in (theirs, ours)]  # (1024,) both
+        e = [theirs.model.energy(sampler.walk(start.clone(), steps)).double() for sampler in (theirs, ours)]  # (256,) both
         before = theirs.model.energy(start).mean()
     error = ((e[0] - e[1]).var() / len(start)).sqrt().item()
     a, b = race(lambda: theirs.sample(steps), lambda: ours.sample(steps), device, pairs)
@@ -205,8 +205,8 @@ def floor(size, batch, precision, device, speed, limit):
     """Print how near `speed` (image-steps/s) is to what the machine allows: the operations at `limit` FLOP/s, then SiLU."""
     work = flop_per_image_step(size)
     products, rest = batch * work / limit, activation_seconds(size, batch, precision, device)
-    print(f'{"":16}ours {1e3 * batch / speed:.2f} ms a step at {speed * work / 1e9:.0f} GFLOP/s, {speed * work / limit:.0%} of a '
-          f'matrix product ({limit / 1e9:.0f}); floor: products {1e3 * products:.2f} ms, SiLU and noise {1e3 * rest:.2f} ms')
+    print(f'{"":16}ours {1e3 * batch / speed:.2f} ms a step at {speed * work / 1e9:.0f} GFLOP/s, {speed * work / limit:.0%} of '
+          f'a matrix product ({limit / 1e9:.0f}); floor: products {1e3 * products:.2f} ms, SiLU and noise {1e3 * rest:.2f} ms')
 
 
 def grow(queue, which, size, batch, steps, precision, device):
@@ -236,7 +236,8 @@ def growth(path, device):
     for ax, (flag, values) in zip(axes, GROWTH.items()):
         times = []
         for value in values:
-            flags = {'--image-size': 56, '--batch-size': 32, '--sgld-steps': 20, '--reservoir': 2048, '--width': 32, flag: value}
+            flags = {'--image-size': 56, '--batch-size': 32, '--sgld-steps': 20, '--reservoir': 2048, '--width': 32}
+            flags[flag] = value
             args = train.parse_args(['--device', device.type, *(str(word) for pair in flags.items() for word in pair)])
             images = torch.randint(256, (args.batch_size, 1, args.image_size, args.image_size), dtype=torch.uint8)
             split = Split(images, torch.arange(args.batch_size) % 10)

@@ -268,11 +268,13 @@ def resident(argv, updates):
     return {step: np.median(held) for step, held in list(seen.items())[:-1]}  # without the row that ended it
 
 
-def predicted(size, slots, width):
+def predicted(size, slots, width, batch=64):
     """MiB of one run on digits, on top of what Python and torch hold: chains as float32, images as uint8 (in three splits),
-    and five copies of the weights: themselves, their average, their gradient and Adam's two moments."""
+    five copies of the weights (themselves, their average, their gradient and Adam's two moments), and the layers' outputs:
+    half a number for each pixel and feature map of the first layer, kept before and after SiLU, for data and chains at
+    once, and twice that for the gradient of a gradient in `matching_step`."""
     weights = sum(weight.numel() for weight in train.EnergyModel(10, 1, width).parameters())
-    return (4 * slots * size ** 2 + 1797 * size ** 2 + 5 * 4 * weights) / 2 ** 20
+    return (4 * slots * size ** 2 + 1797 * size ** 2 + 5 * 4 * weights + 24 * batch * width * size ** 2) / 2 ** 20
 
 
 def memory(folder, count, dice):
@@ -282,14 +284,13 @@ def memory(folder, count, dice):
     early, late = (np.mean([mib for step, mib in seen.items() if abs(step - middle) < 200]) for middle in (400, 1800))
     told = [f'{early:.0f} MiB at 200 to 600, {late:.0f} at 1,600 to 2,000 ({late / early - 1:+.1%})']
     cases = {'base': (16, 512, 8), '100,000 chains': (16, 100_000, 8), '20,000 chains of 40x40': (40, 20_000, 8),
-             'width 64': (16, 512, 64)}
-    held = {}
+             'width 64': (16, 512, 64), 'width 160': (16, 512, 160), 'width 64, 40x40': (40, 512, 64)}
     for name, (size, slots, width) in cases.items():
         argv = ['--image-size', size, '--reservoir', slots, '--width', width, '--picture-every', 999]
-        held[name] = resident([*quick, *map(str, argv)], 38)[19] - predicted(size, slots, width)
-        more, less = predicted(size, slots, width) - predicted(*cases['base']), held[name] - held['base']
-        told.append(f'{name}: {more:.0f} MiB more predicted, {more + less:.0f} measured' if more else
-                    f'{name}: {held[name]:.0f} MiB')
+        held = resident([*quick, *map(str, argv)], 38)[19]
+        base = held - predicted(size, slots, width) if name == 'base' else base
+        foreseen = base + predicted(size, slots, width)
+        told.append(f'{name}: {foreseen:.0f} MiB predicted, {held:.0f} measured ({held / foreseen - 1:+.0%})')
     return f'memory over {max(seen):,} updates', told[0], '; '.join(told[1:])
 
 

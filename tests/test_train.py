@@ -62,8 +62,8 @@ def test_matching_is_met_by_the_valley_itself():
 
 
 def test_ways_to_noise():
-    """Half of the ways stay at the image, up to white noise of a variance of s^2, s uniform up to WHITE; the others lead towards
-    the prior, to any t of the way: from an image of ones to N(0, .01) the mean is -t."""
+    """Half of the ways stay at the image, up to white noise of a variance of s^2, s uniform up to WHITE; the others lead
+    towards the prior, to any t of the way: from an image of ones to N(0, .01) the mean is -t."""
     x, generator = torch.ones(4000, 1, 16, 16), torch.Generator().manual_seed(0)
     away = train.ways_to_noise(x, 'gaussian', generator)
     t = -away.mean(dim=(1, 2, 3))  # (4000,), within WHITE / 16
@@ -202,6 +202,21 @@ def test_joint_model_learns(glyphs, tmp_path):
     x = train.load_data(str(glyphs), 16).test.batch(torch.arange(24))[0]
     noise = torch.rand(24, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
     assert np.mean(model.energy(noise)[:, None].numpy() > model.energy(x).numpy()) > .9
+
+
+def test_bf16_is_as_good_as_fp32(glyphs, tmp_path):
+    """Accuracy and AUROC after training and sampling in bf16 are within the spread of three seeds in fp32, plus .02."""
+    scores = {}
+    for precision in ('fp32', 'bf16'):
+        for seed in range(3):
+            out = tmp_path / f'{precision}{seed}'
+            train.main(['--data', str(glyphs), '--out', str(out), *QUICK, '--epochs', '24', '--lr', '.003', '--warmup', '10',
+                        '--width', '8', '--picture-every', '24', '--precision', precision, '--seed', str(seed)])
+            row = read_log(out)[-1]
+            scores.setdefault(precision, []).append([float(row['val_accuracy']), float(row['val_auroc'])])
+    fp32, bf16 = (np.array(scores[precision]) for precision in ('fp32', 'bf16'))  # (3, 2) both
+    assert (abs(bf16.mean(0) - fp32.mean(0)) <= np.ptp(fp32, axis=0) + .02).all(), scores
+    assert fp32[:, 0].mean() > .6, scores  # far from chance, 1 in 3: what is compared has learned
 
 
 # --- the guard ------------------------------------------------------------------------------------------------------------
