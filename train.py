@@ -446,7 +446,8 @@ class StopSignal:
 
     def ask(self, number, frame):
         self.status = 128 + number
-        self.__exit__()
+        if ranks() == 1:  # torchrun passes on what the terminal has sent already
+            self.__exit__()
 
     def __exit__(self, *_):
         for number, handler in self.before.items():

@@ -1,8 +1,10 @@
 """Laws of training in several processes: torchrun starts two of them on the CPU, which talk through gloo."""
 import csv
+import os
+import signal
 import subprocess
 import sys
-from pathlib import Path
+import time
 
 import torch
 
@@ -11,10 +13,12 @@ from conftest import QUICK
 from test_train import assert_same, state
 
 
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', train.__file__]
+
+
 def torchrun(*flags):
-    """Train in two processes, one thread each; returns what they said."""
-    done = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2',
-                           Path(train.__file__), *map(str, flags)], capture_output=True, text=True)
+    """Train in two processes, one thread each; returns their status and what they said."""
+    done = subprocess.run([*TORCHRUN, *map(str, flags)], capture_output=True, text=True)
     return done.returncode, done.stdout + done.stderr
 
 
@@ -44,6 +48,21 @@ def test_resume_with_as_many_or_fewer_processes(glyphs, tmp_path):
     with open(tmp_path / 'parts/log.csv') as file:
         assert [row['epoch'] for row in csv.DictReader(file)] == ['1', '2', '3']
     assert len(torch.load(tmp_path / 'parts/last.pt', weights_only=True)['run']['ranks']) == 1
+
+
+def test_interrupted_processes_save_together(glyphs, tmp_path):
+    """Ctrl-C in the terminal reaches torchrun and both processes, which torchrun then signals once more: they stop after the
+    same update, and all of it is saved."""
+    command = [*TORCHRUN, '--data', str(glyphs), *QUICK, '--epochs', '5000', '--picture-every', '5000', '--out', tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+        while not (tmp_path / 'log.csv').exists():
+            time.sleep(.1)
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+    run = torch.load(tmp_path / 'last.pt', weights_only=True)['run']
+    steps = 3 * run['epoch'] + run['position']
+    assert len(run['ranks']) == 2 and run['optimizer']['state'][0]['step'] == steps < 15000
 
 
 def test_batch_must_be_shared_evenly(glyphs, tmp_path):
