@@ -15,6 +15,7 @@ import io
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -237,6 +238,29 @@ def anywhere(flag):
         flag = torch.tensor(float(flag))
         dist.all_reduce(flag)
     return bool(flag)
+
+
+class StopSignal:
+    """Ctrl-C and SIGTERM let the update in progress finish, so that what is saved is whole; a second one ends at once."""
+
+    def __enter__(self):
+        self.status, self.before = 0, {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.ask)
+        return self
+
+    def ask(self, number, frame):
+        self.status = 128 + number
+        if ranks() == 1:  # torchrun passes on what the terminal has sent already
+            self.__exit__()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @property
+    def asked(self):
+        return self.status != 0
 
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------

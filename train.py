@@ -12,7 +12,6 @@ images against half-and-half mixtures of them and uniform noise); an EBM goes by
 """
 import argparse
 import math
-import signal
 import sys
 import time
 from pathlib import Path
@@ -27,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import NAMES, DataError, atomic_write, load_data, save_figure, save_grid, write_csv
-from model import (CheckpointError, CommandLine, EnergyModel, anywhere, average, fail, folder, gather, join_ranks,
+from model import (CheckpointError, CommandLine, EnergyModel, StopSignal, anywhere, average, fail, folder, gather, join_ranks,
                    mistakes_told, rank, ranks, read_checkpoint, real, save_checkpoint, whole)
 from sampler import Reservoir, annealed, prior, sgld
 
@@ -433,29 +432,6 @@ def resume(run, data):
             raise ValueError('weights are not finite')
     except (KeyError, RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(f'{path}: holds no run that can go on here; start anew with another --out') from error
-
-
-class StopSignal:
-    """Ctrl-C and SIGTERM let the update in progress finish, so that what is saved is whole; a second one ends at once."""
-
-    def __enter__(self):
-        self.status, self.before = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.ask)
-        return self
-
-    def ask(self, number, frame):
-        self.status = 128 + number
-        if ranks() == 1:  # torchrun passes on what the terminal has sent already
-            self.__exit__()
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    @property
-    def asked(self):
-        return self.status != 0
 
 
 # --- command line -------------------------------------------------------------------------------------------------------
