@@ -297,7 +297,7 @@ def recover(run, reason):
             write_csv([*run.rows, {'epoch': run.epoch + 1, 'event': f'stopped: {event}'}], COLUMNS, run.args.out / 'log.csv')
         raise FloatingPointError(f'--lr {run.args.lr:g}: training diverged, trip {run.trips + 1}: {event}; the state '
                                  f'before that is in {run.args.out / "last.pt"}; start anew with a lower --lr, or with the '
-                                 'defaults of --matching, --slope, --step-size and --noise')
+                                 'defaults of --sgld-steps, --matching, --slope, --step-size and --noise')
     kept, moved_on = {'trips': run.trips + 1, 'events': [*run.events, event], 'seconds': run.seconds}, run.generator.get_state()
     run.load_state_dict({**read_checkpoint(run.args.out / 'last.pt')['run'], **kept})
     run.generator.set_state(moved_on)

@@ -279,7 +279,7 @@ def predicted(size, slots, width, batch=64):
 
 def memory(folder, count, dice):
     """The resident set over 2,000 updates, and what it grows by with reservoir, images and network."""
-    quick = [*DIGITS, '--epochs', '999', '--sgld-steps', '1']
+    quick = [*DIGITS, '--epochs', '999']
     seen = resident([*quick, '--picture-every', '20'], 2000)
     early, late = (np.mean([mib for step, mib in seen.items() if abs(step - middle) < 200]) for middle in (400, 1800))
     told = [f'{early:.0f} MiB at 200 to 600, {late:.0f} at 1,600 to 2,000 ({late / early - 1:+.1%})']
