@@ -400,6 +400,7 @@ def checkpoint_facts(run, data):
     """What a checkpoint says beside its weights: all that generate.py and ood.py need to know."""
     args = vars(run.args)
     plain = {key: str(value) if isinstance(value, (Path, torch.device)) else value for key, value in args.items()}
+    plain['data_root'] = str(args['data_root'].resolve())  # so that ood.py finds it from any folder
     return {'args': plain, 'data': args['data'], 'class_names': data.class_names if args['model'] == 'jem' else [],
             'class_counts': data.train.labels.bincount(minlength=len(data.class_names)).tolist(),
             'image_size': data.train.images.shape[-1], 'sampler': run.sgld_settings, 'epoch': run.epoch}
@@ -495,7 +496,6 @@ def parse_args(argv=None):
         args.conditional = args.model == 'jem'
     if args.data not in NAMES and Path(args.data).is_dir():
         args.data = str(Path(args.data).resolve())  # so that ood.py finds it from any folder
-    args.data_root = args.data_root.resolve()
     if not (args.px_weight or args.pyx_weight):
         parser.error('--px-weight 0 and --pyx-weight 0: nothing is left to learn; leave one of them out')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
