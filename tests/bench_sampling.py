@@ -157,16 +157,16 @@ def compare(size, batch, steps, precision, pairs, device):
     """One row of the table; returns our image-steps per second and our updates per second, and both ratios, medians."""
     theirs, ours = contenders(size, batch, precision, device)
     start = prior('uniform', (256, 1, size, size), torch.Generator(device).manual_seed(1), device)
-    with torch.no_grad():  # the same law from the same starts?
-        e = [theirs.model.energy(sampler.walk(start.clone(), steps)).double() for sampler in (theirs, ours)]  # (256,) both
-        before = theirs.model.energy(start).mean()
+    ends = [sampler.walk(start.clone(), steps) for sampler in (theirs, ours)]  # (256, 1, H, W) both: the same law?
+    with torch.no_grad():
+        before, *e = [theirs.model.energy(x).double() for x in (start, *ends)]  # (256,) each
     error = ((e[0] - e[1]).var() / len(start)).sqrt().item()
     a, b = race(lambda: theirs.sample(steps), lambda: ours.sample(steps), device, pairs)
     x = torch.rand(batch, 1, size, size, device=device) * 2 - 1
     c, d = race(lambda: theirs.update(x, steps), lambda: ours.update(x, steps), device, pairs)
     work = batch * steps
     print(f'{size:4d} {batch:5d} {precision}  {spread(work / a):>18} {spread(work / b):>18}  {spread(a / b, "{:.2f}"):>17}  '
-          f'{spread(c / d, "{:.2f}"):>17} {np.median(1 / d):6.2f}   {before:+.2f} {e[0].mean():+.3f} {e[1].mean():+.3f} '
+          f'{spread(c / d, "{:.2f}"):>17} {np.median(1 / d):6.2f}   {before.mean():+.2f} {e[0].mean():+.3f} {e[1].mean():+.3f} '
           f'{error:.3f}', flush=True)
     return np.median(work / b)
 
