@@ -15,7 +15,7 @@ import argparse
 import multiprocessing
 import platform
 import random
-import resource
+import re
 import subprocess
 import sys
 import time
@@ -209,13 +209,18 @@ def floor(size, batch, precision, device, speed, limit):
           f'a matrix product ({limit / 1e9:.0f}); floor: products {1e3 * products:.2f} ms, SiLU and noise {1e3 * rest:.2f} ms')
 
 
+def most_held():
+    """MB: the largest resident set that this process has had (getrusage would count its parent's, too)."""
+    return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
+
+
 def grow(queue, which, size, batch, steps, precision, device):
     """Put into `queue` the MB by which the resident set of this process grows over two updates at the most."""
     sampler = contenders(size, batch, precision, device)[which]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = most_held()
     for _ in range(2):
         sampler.update(torch.zeros(batch, 1, size, size), steps)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+    queue.put(most_held() - before)
 
 
 def peak_memory(*arguments):
