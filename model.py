@@ -203,6 +203,13 @@ def join_ranks():
         dist.init_process_group()
 
 
+def leave_ranks():
+    """Wait for the others, which may still be talking to this process, before it ends."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0  # only 0 writes
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data import NAMES, DataError, atomic_write, load_data, save_figure, save_grid, write_csv
 from model import (CheckpointError, CommandLine, EnergyModel, StopSignal, anywhere, average, fail, folder, gather, join_ranks,
-                   mistakes_told, rank, ranks, read_checkpoint, real, save_checkpoint, whole)
+                   leave_ranks, mistakes_told, rank, ranks, read_checkpoint, real, save_checkpoint, whole)
 from sampler import Reservoir, annealed, prior, sgld
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples); saturated is
@@ -562,6 +562,7 @@ def main(argv=None):
             anywhere(False)
         check_data(args, data)
         status = train(args, data)
+        leave_ranks()
     if status:
         sys.exit(status)
 

@@ -19,6 +19,7 @@ TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--np
 def torchrun(*flags):
     """Train in two processes, one thread each; returns their status and what they said."""
     done = subprocess.run([*TORCHRUN, *map(str, flags)], capture_output=True, text=True)
+    print(done.stdout, done.stderr)  # for the report of a test that fails
     return done.returncode, done.stdout + done.stderr
 
 
