@@ -198,7 +198,7 @@ def load_glyphs(folder, image_size):
     names = [str(label) for label in range(num_classes)]
     for file in (folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'):
         if file.exists():
-            names = file.read_text('utf-8', errors='replace').split('\n')
+            names = file.read_text('utf-8-sig', errors='replace').split('\n')
             names = [name.strip() for name in names if name.strip()]
             if len(names) != num_classes or len(set(names)) != num_classes:
                 raise DataError(f'{file}: {len(set(names))} different names for {num_classes} classes; '

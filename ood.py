@@ -457,7 +457,9 @@ def load_sets(args, data, checkpoint):
     sets = {'test': data.test.images}
     for name in args.ood or ood_names(data, checkpoint['data'], root):
         stem = Path(name).stem or name
-        sets[name if stem in sets else stem] = load_ood(name, data, args.seed, root)
+        key = next(key for key in (stem, name, str(Path(name).resolve()), None) if key not in sets)
+        if key is not None:  # else it was named twice
+            sets[key] = load_ood(name, data, args.seed, root)
     return sets
 
 

@@ -261,7 +261,7 @@ def test_sets_by_path(trained, tmp_path):
     assert [{**row, 'set': ''} for row in first] == [{**row, 'set': ''} for row in second]
 
 
-def test_a_path_called_test_is_no_test_set(trained, tmp_path):
+def test_a_path_called_test_is_no_test_set(trained, tmp_path, monkeypatch):
     """An OOD set named like the in-distribution one changes nothing about the others."""
     np.save(tmp_path / 'test.npy', np.random.default_rng(0).integers(0, 256, (6, 20, 20), dtype=np.uint8))
     run(trained / 'best.pt', tmp_path, '--ood', tmp_path / 'test.npy', 'noise')
@@ -269,6 +269,11 @@ def test_a_path_called_test_is_no_test_set(trained, tmp_path):
     assert rows[0]['set'] == str(tmp_path / 'test.npy') and rows[0]['n_ood'] == '6' and rows[0]['n_id'] == '24'
     run(trained / 'best.pt', tmp_path, '--ood', 'noise')
     assert read_rows(tmp_path / 'ood.csv') == rows[len(SCORES):]
+    (tmp_path / 'test').mkdir()
+    Image.fromarray(np.eye(20, dtype=np.uint8)).save(tmp_path / 'test' / '0.png')
+    monkeypatch.chdir(tmp_path)
+    run(trained / 'best.pt', tmp_path, '--ood', 'test')
+    assert {row['n_id'] for row in read_rows(tmp_path / 'ood.csv')} == {'24'}
 
 
 def test_judge(trained, others, glyphs, tmp_path, capsys):
