@@ -545,7 +545,7 @@ def check_data(args, data):
 def remove_files(out, old_run):
     """Take away what a killed run left half written in `out` (`atomic_write` puts a dot before the name and a process number
     behind it), and all of an old run, so that no file of it is taken for one of the new run."""
-    halves = [f'.{name}.*' for name in OUTPUTS] + ['samples/.epoch_*.png.*']
+    halves = [f'.{name}.[0-9]*' for name in OUTPUTS] + ['samples/.epoch_*.png.[0-9]*']
     for pattern in [*halves, *OUTPUTS, 'samples/epoch_*.png'] if old_run else halves:
         for path in out.glob(pattern):
             path.unlink()

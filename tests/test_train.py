@@ -309,9 +309,10 @@ def test_resume_needs_no_flags(glyphs, tmp_path):
 def test_halves_of_a_killed_run_are_taken_away(trained, tmp_path):
     """What was being written when a run was killed goes with the next run; other hidden files stay."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    (tmp_path / '.last.pt.123').write_text('half'), (tmp_path / '.notes.txt').write_text('mine')
+    for name in ('.last.pt.123', '.notes.txt', '.log.csv.swp'):
+        (tmp_path / name).write_text('half or mine')
     train.main(['--out', str(tmp_path), '--resume', '--epochs', '3'])
-    assert sorted(path.name for path in tmp_path.glob('.*')) == ['.notes.txt']
+    assert sorted(path.name for path in tmp_path.glob('.*')) == ['.log.csv.swp', '.notes.txt']
 
 
 def test_overwrite_leaves_nothing_of_the_old_run(trained, glyphs, tmp_path):
