@@ -13,6 +13,7 @@ a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribut
 """
 import contextlib
 import csv
+import hashlib
 import io
 import math
 import os
@@ -65,6 +66,13 @@ class Data:
     test: Split
     class_names: list
     ood: dict = field(default_factory=dict)
+
+    def signature(self):
+        """What tells these data from others: which labels in which order, and how bright each split is, 0 to 255. Single pixels
+        do not count: other versions of the libraries may round them otherwise."""
+        splits = self.train, self.val, self.test
+        labels = hashlib.sha256(b' '.join(split.labels.numpy().tobytes() for split in splits)).hexdigest()
+        return {'labels': labels, 'brightness': [float(split.images.numpy().mean()) for split in splits]}
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
@@ -148,7 +156,23 @@ def load_data(name, image_size=None, data_root='.data', seed=0):
         return load_glyphs(folder, image_size or 56)
     if folder.is_dir():
         return load_folder(folder, image_size or 56, seed)
-    raise DataError(f'--data {name}: no such folder, and no data set of that name ({", ".join(NAMES)})')
+    raise DataError(f'--data {name}: no such folder, and no data set of that name; name the folder where the data lie, or one '
+                    f'of {", ".join(NAMES)}')
+
+
+def same_data(signature, other):
+    """Whether two `Data.signature`s are of the same data."""
+    return signature['labels'] == other['labels'] and np.allclose(signature['brightness'], other['brightness'], atol=.5)
+
+
+def check_apart(out, *inputs):
+    """A DataError if the folder `out` lies inside one that is read as a whole: the pictures written there would be data the
+    next time. Inputs are names and paths, or None."""
+    inside = Path(os.path.realpath(out))
+    for name in inputs:
+        folder = name and name not in (*NAMES, *MADE) and os.path.isdir(name) and Path(os.path.realpath(name))
+        if folder and folder in (inside, *inside.parents):
+            raise DataError(f'--out {out}: lies in {name}, and what is written there would be read as data; name another')
 
 
 def load_trained(checkpoint, name=None, data_root=None):
@@ -163,6 +187,9 @@ def load_trained(checkpoint, name=None, data_root=None):
             or checkpoint['class_names'] not in ([], data.class_names)):
         raise DataError(f'--data {name}: its channels or classes are not those of the checkpoint; name the data that it was '
                         'trained on')
+    if not same_data(data.signature(), checkpoint['signature']):
+        raise DataError(f'--data {name}: its images or labels are not those that the checkpoint was trained on; restore them, '
+                        'or train anew')
     return data
 
 
@@ -198,8 +225,10 @@ def load_glyphs(folder, image_size):
     names = [str(label) for label in range(num_classes)]
     for file in (folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'):
         if file.exists():
-            names = file.read_text('utf-8-sig', errors='replace').split('\n')
-            names = [name.strip() for name in names if name.strip()]
+            try:
+                names = [name.strip() for name in file.read_text('utf-8-sig').split('\n') if name.strip()]
+            except UnicodeDecodeError as error:
+                raise DataError(f'{file}: not in UTF-8; save it in that encoding, one name a line') from error
             if len(names) != num_classes or len(set(names)) != num_classes:
                 raise DataError(f'{file}: {len(set(names))} different names for {num_classes} classes; '
                                 'write one name a line, or remove the file')
@@ -236,7 +265,8 @@ def load_folder(folder, image_size, seed):
     """A folder of class folders, split 70/15/15, or with train, val and test folders that each hold the class folders."""
     parts = [folder / part for part in ('train', 'val', 'test')] if (folder / 'train').is_dir() else [folder]
     try:
-        sets = [datasets.ImageFolder(part, loader=read_image) for part in parts]
+        sets = [ClassFolders(part, loader=read_image, is_valid_file=lambda path, part=part: is_picture(path, part))
+                for part in parts]
         images = [torch.cat([prepare(image[None], image_size) for image, _ in part]) for part in sets]  # (N, 3, size, size)
     except OSError as error:  # torchvision's own words name the folder, the class or the file
         raise DataError(f'--data {folder}: {error}; give every class a folder with images that may be read, in each of '
@@ -245,9 +275,31 @@ def load_folder(folder, image_size, seed):
         raise DataError(f'--data {folder}: train, val and test must hold the same class folders')
     if all((part[:, :1] == part).all() for part in images):
         images = [part[:, :1] for part in images]  # grey throughout: (N, 3, size, size) -> (N, 1, size, size)
+    names = [*map(printable, sets[0].classes)]
     if len(sets) == 1:
-        return split_stratified(images[0], sets[0].targets, sets[0].classes, seed, folder)
-    return Data(*(Split(x, torch.tensor(part.targets)) for x, part in zip(images, sets)), sets[0].classes)
+        return split_stratified(images[0], sets[0].targets, names, seed, folder)
+    return Data(*(Split(x, torch.tensor(part.targets)) for x, part in zip(images, sets)), names)
+
+
+class ClassFolders(datasets.ImageFolder):
+    """torchvision's class folders, without the hidden ones that notebooks and file managers leave."""
+
+    def find_classes(self, directory):
+        names = [name for name in super().find_classes(directory)[0] if name[0] != '.']
+        if not names:
+            raise FileNotFoundError(f'no class folder in {directory}')
+        return names, {name: label for label, name in enumerate(names)}
+
+
+def is_picture(path, folder):
+    """Whether a path in `folder` looks like an image file by its name, and is not hidden there."""
+    path = Path(path).relative_to(folder)
+    return path.suffix.lower() in datasets.folder.IMG_EXTENSIONS and not any(part[0] == '.' for part in path.parts)
+
+
+def printable(name):
+    """A file's name, which on Linux may be any bytes, as text that can be written and drawn."""
+    return os.fsencode(name).decode(errors='backslashreplace')
 
 
 def load_images(path, image_size, channels):
@@ -257,13 +309,15 @@ def load_images(path, image_size, channels):
     if path.suffix == '.npy':
         images = read_arrays(path, labelled=False)[0]  # (N, C, H, W)
         return prepare(match_channels(images, channels), image_size), [f'{path}[{i}]' for i in range(len(images))]
-    files = [path] if path.is_file() else sorted(file for file in path.rglob('[!.]*')
-                                                 if file.suffix.lower() in datasets.folder.IMG_EXTENSIONS)
+    files = [path]
+    if not path.is_file():
+        found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+        files = sorted(file for file in found if is_picture(file, path))
     if not files:
         raise DataError(f'{path}: no images here ({", ".join(datasets.folder.IMG_EXTENSIONS)}), and it is no .npy array')
     with tqdm(files, f'reading {path}', unit='image', leave=False) as bar:
         images = [prepare(match_channels(read_image(file)[None], channels), image_size) for file in bar]
-    return torch.cat(images), [str(file) for file in files]  # N times (1, C, size, size) -> (N, C, size, size)
+    return torch.cat(images), [printable(file) for file in files]  # N times (1, C, size, size) -> (N, C, size, size)
 
 
 def read_image(path):
@@ -279,7 +333,7 @@ def read_image(path):
             image = image.convert('RGBA')
             paper = Image.new('RGBA', image.size, 'white')
             return TF.pil_to_tensor(Image.alpha_composite(paper, image).convert('RGB'))  # (3, H, W)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # whatever Pillow makes of the bytes
+    except Exception as error:  # Pillow raises whatever the bytes make it raise
         raise DataError(f'{path}: not readable as an image ({error}); replace it or take it away') from error
 
 
@@ -642,6 +696,12 @@ def save_gif(frames, path):
         first.save(file, 'GIF', save_all=True, append_images=others, duration=[80] * len(others) + [2000], loop=0)
 
 
+def shortened(text, length):
+    """The end of a text, for which there is room: of a path it says most."""
+    text = str(text)
+    return text if len(text) <= length else f'…{text[1 - length:]}'
+
+
 def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None, curve=None):
     """Write images as a grid that explains itself.
 
@@ -649,15 +709,18 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
         x: float (N, C, H, W) in [-1, 1].
         path: PNG file to write.
         columns: images in a row.
-        title, rows, heads, captions: text above the grid, left of each row, above each column, below each image.
+        title, rows, heads, captions: text above the grid, left of each row, above each column, below each image; shortened
+            where there is no room for it.
         curve: (name, values (K + 1,)): a plot below the grid, over the steps 0 ... K.
     """
     height, width = x.shape[2:]
     zoom = max(1, round(56 / width))  # screen pixels for one image pixel
     gap = 2 if captions is None else 2 + -(-12 // zoom)  # room for a caption of 12 screen pixels
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
-    grid = make_grid(to_uint8(x), nrow=columns, padding=0).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
-    left = 8 * max((len(str(row)) for row in rows), default=0) + 8 if rows else 8
+    grid = make_grid(to_uint8(x), nrow=columns, padding=0, pad_value=255).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
+    rows = [shortened(row, 32) for row in rows or []]
+    left = 8 * max(map(len, rows), default=0) + 8
+    cell = zoom * (width + 2)  # screen pixels for the texts of a column; a letter takes 5 of them in a head, else 4.5
     top = 8 + 16 * sum(text is not None for text in (title, heads))
     bottom = 8 if curve is None else 208
     size = np.array([left + 8 + max(zoom * grid.shape[1], 7 * len(title or '')), top + bottom + zoom * grid.shape[0]])
@@ -666,19 +729,21 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
                             zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
     axes.imshow(grid, interpolation='nearest', aspect='auto')
     axes.set_axis_off()
-    for i, text in enumerate(rows or []):
+    for i, text in enumerate(rows):
         axes.text(-4 / zoom, i * (height + gap) + height / 2, text, ha='right', va='center', fontsize=8, parse_math=False)
     for i, text in enumerate(heads or []):
-        axes.text(i * (width + 2) + width / 2, -2 / zoom, text, ha='center', va='bottom', fontsize=8, parse_math=False)
+        axes.text(i * (width + 2) + width / 2, -2 / zoom, shortened(text, cell // 5), ha='center', va='bottom', fontsize=8,
+                  parse_math=False)
     for i, text in enumerate(captions or []):
-        axes.text(i % columns * (width + 2) + width / 2, i // columns * (height + gap) + height + 1 / zoom, text,
-                  ha='center', va='top', fontsize=6, parse_math=False)
+        axes.text(i % columns * (width + 2) + width / 2, i // columns * (height + gap) + height + 1 / zoom,
+                  shortened(text, cell * 2 // 9), ha='center', va='top', fontsize=6, parse_math=False)
     if curve:
         plot = figure.add_axes([max(left, 60) / size[0], 45 / size[1], 1 - (max(left, 60) + 12) / size[0], 145 / size[1]])
         plot.plot(curve[1])
         plot.set_xlabel('step', fontsize=8)
         plot.set_ylabel(curve[0], fontsize=8)
         plot.tick_params(labelsize=7)
+        plot.ticklabel_format(useOffset=False)
     if title:
         figure.text(left / size[0], 1 - 4 / size[1], title, ha='left', va='top', fontsize=9)
     save_figure(figure, path)

@@ -26,7 +26,8 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import DataError, atomic_write, load_images, load_trained, save_gif, save_grid, to_float, write_csv
+from data import (DataError, atomic_write, check_apart, load_images, load_trained, same_data, save_gif, save_grid, to_float,
+                  write_csv)
 from model import CommandLine, fail, folder, load_model, mistakes_told, real, whole
 from sampler import annealed, prior, randn, sgld
 
@@ -255,7 +256,7 @@ def missing_pixels(streams, checkpoint, args):
     else:
         missing = load_images(args.mask, size, 1)[0][0, 0].to(args.device) > 127  # (1, 1, H, W) -> (H, W)
         if not missing.any():
-            fail(f'--mask {args.mask}: nothing in it is white, and white is what is filled in')
+            fail(f'--mask {args.mask}: all of one colour; make it white where pixels are missing and black where they are not')
     return missing.expand(len(streams), 1, -1, -1)  # (H, W) -> (N, 1, H, W)
 
 
@@ -312,7 +313,8 @@ def compose(model, checkpoint, args):
     streams, z = [stream for part, _ in starts for stream in part], torch.cat([z for _, z in starts])  # (5 * count, C, H, W)
     x = draw(composed(*experts, args.weight), z, streams, checkpoint, args, (kind,)).x
     texts = [f'{e1:.1f} {e2:.1f}' for e1, e2 in zip(*(energy(x).tolist() for energy in experts))]
-    rows = [f'1: {names[0] or args.ckpt.stem}', f'2: {names[1] or args.ckpt2.stem}', *list(COMPOSITIONS)[2:]]
+    runs = [path.resolve().parent.name for path in (args.ckpt, args.ckpt2 or args.ckpt)]
+    rows = [*(f'{i}: {name or run}' for i, (name, run) in enumerate(zip(names, runs), 1)), *list(COMPOSITIONS)[2:]]
     save_grid(x, args.out / 'compose.png', args.count, 'E1 and E2 below each image', rows=rows, captions=texts)
     return x
 
@@ -350,6 +352,8 @@ def evaluate(model, checkpoint, args):
     """Let an independent classifier, `--judge`, compare samples with as many test images of the same classes: how often it
     sees the class that was asked for, the Frechet distance of the features, and the share of distinct samples. Beside them
     the same of further test images: what real ones reach. evaluate.png begins with the samples it likes least."""
+    if not checkpoint['class_names']:
+        fail(f'--mode evaluate: {args.ckpt} is a plain EBM, without classes that a judge could agree with; evaluate a JEM')
     judge = load_judge(checkpoint, args)
     test = load_trained(checkpoint, args.data, args.data_root).test
     first, second = paired_halves(test.labels, args.images, args.seed)  # (N,) both
@@ -360,7 +364,8 @@ def evaluate(model, checkpoint, args):
     seen = {name: judge_features(judge, images.to(args.device))
             for name, images in (('real', real), ('samples', x), ('more real', other))}
     features_real = seen['real'][0]
-    alike = nearest(features_real, y).quantile(.05)  # nearer than that, two images count as one
+    distances = nearest(features_real, y)  # (N,)
+    alike = distances.masked_fill(distances.isinf(), torch.nan).nanquantile(.05).nan_to_num(0.)  # no farther, they count as one
     rows = []
     for name in ('samples', 'more real'):
         features, logits = seen[name]
@@ -397,10 +402,10 @@ def load_judge(checkpoint, args):
         fail('--mode evaluate: name an independent classifier with --judge; python train.py --px-weight 0 --width 48 on the '
              'same data makes one')
     judge, facts = load_model(args.judge, args.device, args.precision)
-    seen, wanted = ((found['class_names'], image_shape(found), found['args']['seed']) for found in (facts, checkpoint))
+    seen, wanted = ((found['class_names'], image_shape(found)) for found in (facts, checkpoint))
     if args.judge.samefile(args.ckpt):
         fail(f'--judge {args.judge}: is --ckpt itself, and samples are not judged by the model that drew them; name another')
-    if not facts['class_names'] or seen != wanted:
+    if seen != wanted or not same_data(facts['signature'], checkpoint['signature']):
         fail(f'--judge {args.judge}: not trained on the data of {args.ckpt}; train it with the same --data and --seed '
              f'{checkpoint["args"]["seed"]}')
     return judge
@@ -426,10 +431,18 @@ def nearest(features, labels):
     return distance.masked_fill(strange, torch.inf).amin(1)
 
 
-# Mode: its function, its default number of SGLD steps, and that of test images.
-MODES = {'samples': (samples, 256, 0), 'chain': (chain, 256, 0), 'interpolate': (interpolate, 256, 0),
-         'reconstruct': (reconstruct, 32, 8), 'inpaint': (inpaint, 48, 8), 'denoise': (denoise, 24, 8),
-         'compose': (compose, 256, 0), 'concepts': (concepts, 0, 8), 'evaluate': (evaluate, 256, 500)}
+# Mode: its function, its default number of SGLD steps, that of test images, and the flags that not every mode has a use for.
+CHAINS, IMAGES = ['classes', 'guidance', 'steps', 'step_size', 'gif'], ['start', 'images']
+MODES = {'samples': (samples, 256, 0, [*CHAINS, 'noise', 'count']),
+         'chain': (chain, 256, 0, [*CHAINS, 'noise', 'count']),
+         'interpolate': (interpolate, 256, 0, [*CHAINS, 'count']),
+         'reconstruct': (reconstruct, 32, 8, [*CHAINS, *IMAGES, 'iterations']),
+         'inpaint': (inpaint, 48, 8, [*CHAINS, *IMAGES, 'noise', 'count', 'mask']),
+         'denoise': (denoise, 24, 8, [*CHAINS, *IMAGES, 'strengths', 'data_weight']),
+         'compose': (compose, 256, 0, [*CHAINS, 'noise', 'count', 'ckpt2', 'weight']),
+         'concepts': (concepts, 0, 8, [*IMAGES, 'classes']),
+         'evaluate': (evaluate, 256, 500, [*CHAINS[1:], 'noise', 'images', 'judge'])}
+MASKS = ['left', 'centre', 'random', 'salt-and-pepper']
 
 
 # --- what the modes share -------------------------------------------------------------------------------------------------
@@ -515,7 +528,7 @@ def parse_args(argv=None):
     parser.add_argument('--count', type=whole(1, 10_000), default=8,
                         help='samples a class, rows of eight, chains, or completions')
     parser.add_argument('--steps', type=whole(1), help='SGLD steps; the default is that of the mode: '
-                        + ', '.join(f'{name} {steps}' for name, (_, steps, _) in MODES.items() if steps))
+                        + ', '.join(f'{name} {steps}' for name, (_, steps, *_) in MODES.items() if steps))
     parser.add_argument('--step-size', type=real(1e-9), help='instead of the checkpoint\'s own')
     parser.add_argument('--noise', type=real(0), help='of every step, e.g. .02 as in training; by default the noise of '
                        'chains from noise falls from .5 to 0 (annealed Langevin dynamics)')
@@ -542,20 +555,29 @@ def parse_args(argv=None):
     group.add_argument('--weight', type=real(0), default=.2, help='w of the negation E1 - w E2 in compose')
     parser.add_shared_arguments()
     args = parser.parse_args(argv)
-    if args.gif and args.mode == 'concepts':
-        parser.error('--gif: the mode concepts has no chains to film; leave the flag out')
-    _, steps, images = MODES[args.mode]
+    _, steps, images, uses = MODES[args.mode]
+    for name in {name for *_, flags in MODES.values() for name in flags}.difference(uses):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name.replace("_", "-")}: the mode {args.mode} has no use for it; leave the flag out')
+    for flag, path in {'--start': args.start, '--mask': args.mask not in MASKS and Path(args.mask)}.items():
+        if path and path.resolve() in [(args.out / f'{args.mode}{end}').resolve() for end in ('.png', '.npy', '.gif')]:
+            parser.error(f'{flag} {path}: would be overwritten by what this command writes; rename it, or name another --out')
+    if args.mask not in MASKS and not Path(args.mask).is_file():
+        parser.error(f'--mask {args.mask}: no such image, and none of {", ".join(MASKS)}')
     args.steps, args.images = args.steps or steps, args.images or images
     return args
 
 
 def main(argv=None):
-    args = parse_args(argv)
     with mistakes_told(DataError):
+        args = parse_args(argv)
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
+        check_apart(args.out, args.data or checkpoint['data'], args.start)
         if args.step_size is not None:
             checkpoint['sampler']['step_size'] = args.step_size
         x = MODES[args.mode][0](model, checkpoint, args)
+        if not x.isfinite().all():
+            fail(f'--mode {args.mode}: the images are not finite; use a smaller --step-size, --noise or --guidance')
         with atomic_write(args.out / f'{args.mode}.npy') as file:
             np.save(file, x.cpu().numpy())
     print(f'{args.out / args.mode}.png, {args.out / args.mode}.npy')

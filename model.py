@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-FORMAT = 1  # of the checkpoint; raised whenever an older file could be misread
+FORMAT = 2  # of the checkpoint; raised whenever an older file could be misread
 
 
 class CheckpointError(ValueError):
@@ -108,13 +108,41 @@ def fail(error):
     sys.exit(2)
 
 
+class Screen:
+    """stdout or stderr as a long run needs it: when its reader leaves (`| head`, or `| tee` on Ctrl-C) or its disk is full,
+    the run goes on, and a name that the screen cannot show is shown as its codes."""
+
+    def __init__(self, stream):
+        self.stream = stream
+        if hasattr(stream, 'reconfigure'):  # a notebook's has no encoding
+            stream.reconfigure(errors='backslashreplace')
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        return self.unless_left(self.stream.write, text)
+
+    def flush(self):
+        self.unless_left(self.stream.flush)
+
+    def unless_left(self, call, *arguments):
+        try:
+            return call(*arguments)
+        except OSError:  # from now on into nothing, also what Python itself writes when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+
+
 @contextlib.contextmanager
 def mistakes_told(*errors):
     """Tell these exceptions as a user's mistake, in one line and with exit status 2; Ctrl-C leaves with 130."""
+    streams = sys.stdout, sys.stderr
     try:
+        sys.stdout, sys.stderr = map(Screen, streams)
         yield
     except (CheckpointError, OSError, *errors) as error:
-        fail(error)
+        of_system = isinstance(error, OSError) and error.filename  # such as a name that is too long
+        fail(f'{error.filename}: {error.strerror}; name another file or folder' if of_system else error)
     except (MemoryError, RuntimeError) as error:
         told = re.search('out of memory|allocate|Storage size', str(error))  # a bare RuntimeError, where it is the CPU's
         if not (told or isinstance(error, MemoryError)):
@@ -122,6 +150,8 @@ def mistakes_told(*errors):
         fail('not enough memory; make --batch-size, --image-size, --width, --reservoir or --count smaller')
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        sys.stdout, sys.stderr = streams
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -141,14 +171,14 @@ def whole(low, high=2 ** 31):
     return parse
 
 
-def real(low, high=float('inf')):
-    """argparse type: a finite number from `low` to `high`."""
+def real(low, high=1e38):
+    """argparse type: a number from `low` to `high`, which float32 still holds by default."""
     def parse(text):
         try:
             value = float(text)
         except ValueError:
             value = float('nan')
-        if not low <= value <= high or value == float('inf'):
+        if not low <= value <= high:
             raise argparse.ArgumentTypeError(f'{text!r} is not a number from {low:g} to {high:g}')
         return value
     return parse
@@ -156,8 +186,8 @@ def real(low, high=float('inf')):
 
 def folder(text):
     """argparse type: a folder to write into, there already or to be made."""
-    path = Path(text)
-    there = next(parent for parent in (path.resolve(), *path.resolve().parents) if os.path.exists(parent))
+    path, whole_path = Path(text), Path(os.path.realpath(text))
+    there = next(parent for parent in (whole_path, *whole_path.parents) if os.path.exists(parent))
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f'{there} is a file; name a folder')
     if not os.access(there, os.W_OK | os.X_OK):
@@ -248,11 +278,15 @@ def anywhere(flag):
 
 
 class StopSignal:
-    """Ctrl-C and SIGTERM let the update in progress finish, so that what is saved is whole; a second one ends at once."""
+    """Ctrl-C, SIGTERM and a terminal that is closed (but for `nohup`) let the update in progress finish, so that what is saved
+    is whole; a second one ends at once."""
 
     def __enter__(self):
         self.status, self.before = 0, {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        hangup = getattr(signal, 'SIGHUP', signal.SIGTERM)  # Windows has none
+        for number in {signal.SIGINT, signal.SIGTERM, hangup}:
+            if number == hangup and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # nohup
             self.before[number] = signal.signal(number, self.ask)
         return self
 

@@ -14,6 +14,7 @@ calibration.png, robustness.png and distal.png.
 """
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -23,8 +24,8 @@ import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 from tqdm import tqdm
 
-from data import (DataError, atomic_write, load_images, load_ood, load_trained, ood_names, save_figure, save_grid, to_float,
-                  write_csv)
+from data import (DataError, atomic_write, check_apart, load_images, load_ood, load_trained, ood_names, printable, same_data,
+                  save_figure, save_grid, shortened, to_float, write_csv)
 from model import CheckpointError, CommandLine, fail, folder, load_model, mistakes_told, whole
 from sampler import prior, sgld
 
@@ -178,16 +179,16 @@ def report(model, baseline, data, images, args):
             for name in tqdm([*images][1:], 'intervals', unit='set') for score in scores['test']]
     energies = {name: found['energy'] for name, found in scores.items()}
     rejected = {name: float((energy > threshold).mean()) for name, energy in energies.items()}
-    print_table(rows, rejected, threshold)
-    for name, classifier in {'checkpoint': model, 'baseline': baseline}.items():
-        if classifier is not None and classifier.settings['num_classes'] > 1:
-            right = get_logits(classifier, data.test.images, args.device).argmax(1) == data.test.labels  # (N, K) -> (N,)
-            print(f'accuracy of the {name} on the test images: {right.float().mean():.4f} (n {len(right)})')
     write_csv(rows, COLUMNS, args.out / 'ood.csv')
     store_threshold(energy_val, rejected, args)
     plot_histograms(energies, rejected, threshold, args.out / 'ood.png')
     plot_roc(scores, rows, args.out / 'roc.png')
     show_typical(images, energies, args.out / 'typical.png')
+    print_table(rows, rejected, threshold)
+    for name, classifier in {'checkpoint': model, 'baseline': baseline}.items():
+        if classifier is not None and classifier.settings['num_classes'] > 1:
+            right = get_logits(classifier, data.test.images, args.device).argmax(1) == data.test.labels  # (N, K) -> (N,)
+            print(f'accuracy of the {name} on the test images: {right.float().mean():.4f} (n {len(right)})')
 
 
 def print_table(rows, rejected, threshold):
@@ -221,9 +222,10 @@ def plot_histograms(energies, rejected, threshold, path):
     for ax, (name, energy) in zip(axes, list(energies.items())[1:]):
         bins = np.histogram_bin_edges(np.concatenate([energies['test'], energy]), 60)
         ax.hist(energies['test'], bins, density=True, alpha=.6, label='test (in-distribution)')
-        ax.hist(energy, bins, density=True, alpha=.6, label=f'{name} (OOD)')
+        ax.hist(energy, bins, density=True, alpha=.6, label='OOD')
         ax.axvline(threshold, color='black', linestyle=':', label=f'threshold: rejects {rejected[name]:.1%}')
-        ax.set(title=name, xlabel='energy E(x)', yticks=[])
+        ax.set(xlabel='energy E(x)', yticks=[])
+        ax.set_title(shortened(name, 32), parse_math=False)
         ax.legend(fontsize=7, loc='upper right')
     save_figure(figure, path)
 
@@ -237,7 +239,8 @@ def plot_roc(scores, rows, path):
             pair = [scores[which][row['score']] for which in ('test', name)]  # (n_id,), (n_ood,)
             false_positive, true_positive, _ = roc_curve(np.repeat([0, 1], list(map(len, pair))), np.concatenate(pair))
             ax.plot(false_positive, true_positive, label=f'{row["score"]} {row["auroc"]:.3f}')
-        ax.set(title=name, xlabel='false-positive rate', ylabel='true-positive rate')
+        ax.set(xlabel='false-positive rate', ylabel='true-positive rate')
+        ax.set_title(shortened(name, 32), parse_math=False)
         ax.legend(fontsize=6, loc='lower right')
     save_figure(figure, path)
 
@@ -368,7 +371,8 @@ def attack(models, checkpoint, data, args):
     picked = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(args.seed))[:args.attacked]
     batches = [data.test.to(args.device).batch(index.to(args.device)) for index in picked.split(BATCH)]
     victims = {name: (model, 0) for name, model in models.items()}
-    victims[f'JEM after {DEFENCE_STEPS} SGLD steps'] = models['JEM'], DEFENCE_STEPS
+    first = next(iter(models))
+    victims[f'{first} after {DEFENCE_STEPS} SGLD steps'] = models[first], DEFENCE_STEPS
     rows, (figure, axes) = [], make_panels(len(RADII))
     for name, (model, steps) in victims.items():
         defence = {**checkpoint['sampler'], 'steps': steps}
@@ -413,7 +417,7 @@ def show_distal(models, checkpoint, args):
 
 def trust(model, baseline, checkpoint, data, args):
     """Calibration, robustness and distal adversaries of the JEM and, if there is one, of the plain classifier."""
-    models = {'JEM': model} if baseline is None else {'JEM': model, 'plain': baseline}
+    models = {'JEM' if checkpoint['args']['px_weight'] else 'classifier': model, **({'plain': baseline} if baseline else {})}
     rows = calibrate(models, data, args)
     show_distal(models, checkpoint, args)
     rows += attack(models, checkpoint, data, args)
@@ -445,9 +449,9 @@ def load_baseline(args, checkpoint):
     baseline, facts = load_model(args.baseline, args.device, args.precision)
     seen, wanted = ((found['image_size'], found['settings']['channels'], found['class_names'] or facts['class_names'])
                     for found in (facts, checkpoint))
-    if not facts['class_names'] or seen != wanted:
-        raise CheckpointError(f'--baseline {args.baseline}: no classifier of the images and classes of {args.ckpt}; train '
-                              'one on the same data with python train.py --px-weight 0')
+    if seen != wanted or facts['args']['px_weight'] or not same_data(facts['signature'], checkpoint['signature']):
+        raise CheckpointError(f'--baseline {args.baseline}: no plain classifier of the images and classes of {args.ckpt}; train '
+                              f'one on the same data with python train.py --px-weight 0 --seed {checkpoint["args"]["seed"]}')
     return baseline
 
 
@@ -457,16 +461,17 @@ def load_sets(args, data, checkpoint):
     sets = {'test': data.test.images}
     for name in args.ood or ood_names(data, checkpoint['data'], root):
         stem = Path(name).stem or name
-        key = next(key for key in (stem, name, str(Path(name).resolve()), None) if key not in sets)
+        key = next(key for key in (*map(printable, (stem, name, os.path.realpath(name))), None) if key not in sets)
         if key is not None:  # else it was named twice
             sets[key] = load_ood(name, data, args.seed, root)
     return sets
 
 
 def main(argv=None):
-    args = parse_args(argv)
     with mistakes_told(DataError):
+        args = parse_args(argv)
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
+        check_apart(args.out, args.data or checkpoint['data'], *args.ood or [])
         if args.judge:
             return judge(model, checkpoint, args)
         if args.trust and not checkpoint['class_names']:

@@ -11,7 +11,9 @@ validation data: for a JEM the mean of val_auprc (macro AUPRC of p(y|x) over the
 images against half-and-half mixtures of them and uniform noise); an EBM goes by val_auroc, a classifier by val_auprc.
 """
 import argparse
+import contextlib
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,10 +27,15 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from data import NAMES, DataError, atomic_write, load_data, save_figure, save_grid, write_csv
+from data import NAMES, DataError, atomic_write, check_apart, load_data, same_data, save_figure, save_grid, write_csv
 from model import (CheckpointError, CommandLine, EnergyModel, StopSignal, anywhere, average, fail, folder, gather, join_ranks,
                    leave_ranks, mistakes_told, rank, ranks, read_checkpoint, real, save_checkpoint, whole)
 from sampler import Reservoir, annealed, prior, sgld
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples); saturated is
 # the share of pixels at -1 or 1 in samples beyond that in data.
@@ -402,7 +409,7 @@ def checkpoint_facts(run, data):
     plain = {key: str(value) if isinstance(value, (Path, torch.device)) else value for key, value in args.items()}
     plain['data_root'] = str(args['data_root'].resolve())  # so that ood.py finds it from any folder
     return {'args': plain, 'data': args['data'], 'class_names': data.class_names if args['model'] == 'jem' else [],
-            'class_counts': data.train.labels.bincount(minlength=len(data.class_names)).tolist(),
+            'class_counts': data.train.labels.bincount(minlength=len(data.class_names)).tolist(), 'signature': data.signature(),
             'image_size': data.train.images.shape[-1], 'sampler': run.sgld_settings, 'epoch': run.epoch}
 
 
@@ -424,7 +431,8 @@ def resume(run, data):
     """Continue the run in last.pt with the very data that it began with."""
     path = run.args.out / 'last.pt'
     checkpoint, now = read_checkpoint(path), checkpoint_facts(run, data)
-    if any(checkpoint.get(key) != now[key] for key in ('class_names', 'class_counts', 'image_size')):
+    if (any(checkpoint[key] != now[key] for key in ('class_names', 'class_counts', 'image_size'))
+            or not same_data(checkpoint['signature'], now['signature'])):
         raise CheckpointError(f'{path}: --data {run.args.data} is not what this run was trained on; restore the data, or '
                               'start anew with another --out')
     try:
@@ -526,8 +534,9 @@ def resumed_args(parser, argv, out):
 
 
 def check_out(args):
-    """A run in --out is neither overwritten nor continued unasked."""
-    there = [name for name in ('best.pt', 'last.pt', 'log.csv') if (args.out / name).exists()]
+    """A run in --out is neither overwritten nor continued unasked, nor is a picture of the user's own."""
+    check_apart(args.out, args.data)
+    there = [name for name in OUTPUTS if (args.out / name).exists()]
     if there and not (args.resume or args.overwrite):
         fail(f'--out {args.out}: {there[0]} is there already; go on with --resume, start anew with --overwrite, or name '
              'another --out')
@@ -551,17 +560,35 @@ def remove_files(out, old_run):
             path.unlink()
 
 
+@contextlib.contextmanager
+def alone_in(out):
+    """Keep other runs out of a folder for as long as this one lasts, where the system knows such locks (not on Windows)."""
+    out.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if fcntl and rank() == 0:
+            lock = os.open(out, os.O_RDONLY)
+            stack.callback(os.close, lock)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                fail(f'--out {out}: another run is writing there; wait for it, or name another --out')
+            except OSError:
+                pass  # a file system without locks
+        yield
+
+
 def main(argv=None):
-    args = parse_args(argv)
-    join_ranks()
     with mistakes_told(DataError, FloatingPointError):
+        args = parse_args(argv)
+        join_ranks()
         check_out(args)
         for turn in range(ranks()):  # one after the other: the first may have to download or to print the letters
             if turn == rank():
                 data = load_data(args.data, args.image_size, args.data_root, args.seed)
             anywhere(False)
         check_data(args, data)
-        status = train(args, data)
+        with alone_in(args.out):
+            status = train(args, data)
         leave_ranks()
     if status:
         sys.exit(status)

@@ -1,4 +1,6 @@
 """What images are, how sets are read, and that nothing is half written."""
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -6,7 +8,8 @@ from PIL import Image
 from torchvision.datasets import MNIST
 
 import data
-from data import DataError, atomic_write, load_data, load_ood, prepare, read_image, to_float, to_uint8
+from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_image, same_data, to_float,
+                  to_uint8)
 
 
 def test_range_mapping_and_its_inverse():
@@ -64,6 +67,32 @@ def test_class_folder_is_split_70_15_15(tmp_path):
     assert torch.equal(first.test.images, again.test.images) and not torch.equal(first.test.images, other.test.images)
     everything = torch.cat([split.images for split in (first.train, first.val, first.test)])
     assert len(everything.flatten(1).unique(dim=0)) == 40
+
+
+def test_hidden_files_and_links(glyphs, tmp_path):
+    """What notebooks hide beside images is no class and no image; folders behind links are read; names may be any bytes."""
+    for name in ('a', os.fsdecode(b'b\xff'), '.ipynb_checkpoints', 'a/.ipynb_checkpoints'):
+        (tmp_path / 'set' / name).mkdir(parents=True)
+        for i in range(8):
+            Image.new('L', (20, 20), 9 * i).save(tmp_path / 'set' / name / f'{i}.png')
+    loaded = load_data(str(tmp_path / 'set'), 16)
+    assert loaded.class_names == ['a', r'b\xff'] and sum(map(len, (loaded.train, loaded.val, loaded.test))) == 16
+    (tmp_path / 'scans').mkdir()
+    (tmp_path / 'scans/link').symlink_to(tmp_path / 'set')
+    (tmp_path / 'scans/page.tif').mkdir()
+    images, names = load_images(tmp_path / 'scans', 16, 1)
+    assert len(images) == len(names) == 16 and r'b\xff' in names[-1] and all('.ipynb' not in name for name in names)
+
+
+def test_signature_tells_data_apart(glyphs):
+    """Data are the same to it after a change of rounding, and others with another order, label or ink."""
+    loaded, again, other = (load_data(str(glyphs), 16) for _ in range(3))
+    again.train.images[::2] -= (again.train.images[::2] > 0).byte()  # half of the images a level darker
+    assert same_data(loaded.signature(), again.signature())
+    other.val.labels[[0, 1]] = other.val.labels[[1, 0]]
+    assert not same_data(loaded.signature(), other.signature())
+    again.train.images.clamp_(max=200)
+    assert not same_data(loaded.signature(), again.signature())
 
 
 def test_folder_with_its_own_splits(tmp_path):

@@ -91,7 +91,29 @@ def test_ctrl_c_as_a_process(glyphs, tmp_path):
     assert run['epoch'] >= 1 and len(run['rows']) == run['epoch'] and not unreadable(tmp_path)
 
 
+def test_a_reader_that_leaves_ends_nothing(glyphs, tmp_path):
+    """`python train.py 2>&1 | head -1`: the run goes on to its end, and so do all of its files."""
+    command = [sys.executable, train.__file__, '--data', str(glyphs), '--out', str(tmp_path), *QUICK]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process.stdout.close()
+    assert process.wait() == 0
+    assert len((tmp_path / 'log.csv').read_text().splitlines()) == 3 and (tmp_path / 'curves.png').exists()
+
+
+def test_one_run_at_a_time(glyphs, tmp_path, refused):
+    """A second run in the folder of one that is going on is refused, whatever it wants; afterwards it is not."""
+    begin = ['--data', str(glyphs), *QUICK, '--out', str(tmp_path)]
+    with train.alone_in(tmp_path):
+        assert 'another run is writing there' in refused(train.main, *begin) and not [*tmp_path.iterdir()]
+    train.main(begin)
+    with train.alone_in(tmp_path):
+        for flags in (['--overwrite'], ['--resume', '--epochs', '3']):
+            assert 'another run is writing there' in refused(train.main, *begin, *flags)
+    train.main([*begin, '--resume', '--epochs', '3'])
+
+
 @pytest.mark.parametrize('number, twice, status', [(signal.SIGTERM, False, 143), (signal.SIGINT, True, 130),
+                                                   (signal.SIGHUP, False, 129),
                                                    (signal.SIGTERM, True, -signal.SIGTERM)])
 def test_signals_in_the_middle_of_a_write(glyphs, tmp_path, number, twice, status):
     """The first signal lets the write end and saves; a second one leaves at once, and every file is the older one, whole."""

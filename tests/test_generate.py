@@ -13,10 +13,11 @@ from conftest import QUICK, bars
 from model import load_model, read_checkpoint
 from sampler import sgld
 
-SHORT = ['--device', 'cpu', '--precision', 'fp32', '--steps', '6']
+CPU = ['--device', 'cpu', '--precision', 'fp32']
+SHORT = [*CPU, '--steps', '6']
 ALL_MODES = {'samples': ['--count', '1'], 'chain': ['--count', '2'], 'interpolate': ['--count', '1'],
-             'reconstruct': ['--iterations', '2'], 'inpaint': ['--count', '2'], 'denoise': [],
-             'compose': ['--count', '2', '--classes', '0', '1'], 'concepts': []}
+             'reconstruct': ['--images', '3', '--iterations', '2'], 'inpaint': ['--images', '3', '--count', '2'],
+             'denoise': ['--images', '3'], 'compose': ['--count', '2', '--classes', '0', '1'], 'concepts': ['--images', '3']}
 LENGTHS = {'samples': 8, 'chain': 2 * 5, 'interpolate': 9, 'reconstruct': 3 * 5, 'inpaint': 3 * 6, 'denoise': 3 * 10,
            'compose': 5 * 2, 'concepts': 3 * 4}  # images in the .npy of the above, from three test images
 
@@ -45,7 +46,7 @@ def coloured(tmp_path_factory):
 def run(ckpt, out, *flags, npy='samples'):
     """Drive the command line; returns the images it saved."""
     mode = ['--mode', npy] if npy != 'samples' else []
-    generate.main(['--ckpt', str(ckpt), '--out', str(out), *SHORT, *mode, *map(str, flags)])
+    generate.main(['--ckpt', str(ckpt), '--out', str(out), *(SHORT if npy != 'concepts' else CPU), *mode, *map(str, flags)])
     return np.load(out / f'{npy}.npy')
 
 
@@ -54,7 +55,7 @@ def run(ckpt, out, *flags, npy='samples'):
 def test_modes_write_a_picture_and_its_images(trained, coloured, tmp_path, kind, mode):
     """Each mode writes one PNG and one .npy, float32, (N, C, H, W), and nothing else; in grey and in colour."""
     ckpt, channels = (trained / 'best.pt', 1) if kind == 'grey' else (coloured, 3)
-    images = run(ckpt, tmp_path, '--images', 3, *ALL_MODES[mode], npy=mode)
+    images = run(ckpt, tmp_path, *ALL_MODES[mode], npy=mode)
     assert images.shape == (LENGTHS[mode], channels, 16, 16) and images.dtype == np.float32
     assert np.isfinite(images).all() and (mode in ('concepts', 'reconstruct') or abs(images).max() <= 1)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f'{mode}.npy', f'{mode}.png']
@@ -243,7 +244,7 @@ def test_marginal_gradient_is_the_mean_of_the_conditional_ones(plain, tmp_path):
     image = tmp_path / 'bar.png'
     Image.fromarray(bars(1, 5)[0][0].clip(0, 255).astype(np.uint8)).save(image)
     maps = run(plain, tmp_path, '--start', image, '--classes', 0, 1, 2, npy='concepts')  # (4, 1, 16, 16)
-    args = generate.parse_args(['--ckpt', 'x', '--start', str(image), '--device', 'cpu'])
+    args = generate.parse_args(['--ckpt', 'x', '--mode', 'concepts', '--start', str(image), '--device', 'cpu'])
     x, given = generate.given_images(read_checkpoint(plain), args)
     assert given == ()  # nobody knows the class of a file
     p = model.get_logits(x).softmax(1).view(3, 1, 1, 1).numpy()  # (1, K) -> (K, 1, 1, 1)
@@ -283,7 +284,7 @@ def test_mistakes(trained, coloured, tmp_path, refused):
     text.write_text('hello')
     empty.mkdir()
     Image.new('L', (16, 16)).save(black)
-    out = ['--out', tmp_path / 'o', *SHORT]
+    out = ['--out', tmp_path / 'o', *CPU]
     for wanted, *flags in (
             ['stand lie lean', '--ckpt', ckpt, '--classes', 'zzz'],
             ['nowhere.pt', '--ckpt', tmp_path / 'nowhere.pt'],

@@ -21,7 +21,7 @@ from PIL import Image
 import generate
 import ood
 import train
-from conftest import QUICK
+from conftest import QUICK, bars
 from model import EnergyModel
 
 CPU = ['--device', 'cpu']
@@ -29,15 +29,36 @@ SCRIPTS = {'train': (train.main, QUICK), 'generate': (generate.main, CPU), 'ood'
 IMAGES, LABELS = np.random.default_rng(0).random((6, 20, 20)), np.arange(6) % 3
 
 
+def save(path, *arrays):
+    """Arrays one after the other in one file, as in the course's folder."""
+    with open(path, 'wb') as file:
+        for array in arrays:
+            np.save(file, array)
+
+
 @pytest.fixture
 def desk(tmp_path, glyphs, trained, monkeypatch):
-    """The folder we stand in: GLYPHS (a course folder), LETTERS (class folders), run (two epochs on GLYPHS), note.txt."""
+    """The folder we stand in: GLYPHS (a course folder), CHANGED (the same with two labels exchanged), LETTERS (class folders),
+    runs on GLYPHS (run: two epochs; changed: a classifier of the other data; ebm: one of no classes), and what is mine."""
     shutil.copytree(glyphs, tmp_path / 'GLYPHS')
     shutil.copytree(trained, tmp_path / 'run')
     for name in 'ab':
         (tmp_path / 'LETTERS' / name).mkdir(parents=True)
         for i in range(10):
             Image.new('L', (20, 20), 20 * i).save(tmp_path / 'LETTERS' / name / f'{i}.png')
+    shutil.copytree(glyphs, tmp_path / 'CHANGED')
+    images, labels = bars(60, 0)
+    save(tmp_path / 'CHANGED/train.npy', images, labels[[1, 0, *range(2, 60)]])
+    checkpoint = torch.load(trained / 'best.pt', weights_only=True)
+    other = {**checkpoint, 'args': {**checkpoint['args'], 'px_weight': 0.},
+             'signature': {**checkpoint['signature'], 'brightness': [0., 0., 0.]}}
+    for name, made in {'changed': other, 'ebm': {**checkpoint, 'class_names': []}}.items():
+        (tmp_path / name).mkdir()
+        torch.save(made, tmp_path / name / 'best.pt')
+    (tmp_path / 'mine').mkdir()
+    save(tmp_path / 'mine/denoise.npy', IMAGES)
+    Image.new('L', (20, 20)).save(tmp_path / 'mine/curves.png')
+    (tmp_path / 'loop').symlink_to('loop')
     (tmp_path / 'note.txt').write_text('mine')
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -89,6 +110,7 @@ train --data GLYPHS --lr -1                             | --lr: '-1' is not a nu
 train --data GLYPHS --lr nan                            | --lr: 'nan' is not a number from
 train --data GLYPHS --lr inf                            | --lr: 'inf' is not a number from
 train --data GLYPHS --lr fast                           | --lr: 'fast' is not a number from
+train --data GLYPHS --lr 1e300                          | --lr: '1e300' is not a number from 1e-09 to 1e+38
 train --data GLYPHS --lr-decay 1.5                      | --lr-decay: '1.5' is not a number from
 train --data GLYPHS --clip-norm 0                       | --clip-norm: '0' is not a number from
 train --data GLYPHS --step-size 0                       | --step-size: '0' is not a number from
@@ -113,6 +135,13 @@ train --data mnist --data-root note.txt                 | mnist: missing or dama
 train --data GLYPHS --out note.txt                      | --out ... note.txt is a file; name a folder
 train --data GLYPHS --out note.txt/new                  | --out ... note.txt is a file; name a folder
 train --data GLYPHS --out run                           | --out run: best.pt is there already ... --resume ... --overwrite
+train --data GLYPHS --out mine                          | --out mine: curves.png is there already ... another --out
+train --data LETTERS --out LETTERS                      | --out LETTERS: lies in ... LETTERS ... read as data; name another
+train --data LETTERS --out LETTERS/new/run              | --out LETTERS/new/run: lies in ... read as data; name another
+train --data LONG                                       | LONG: File name too long; name another
+train --data GLYPHS --out LONG                          | LONG: File name too long; name another
+train --data loop                                       | --data loop: no such folder
+train --data GLYPHS --out loop                          | loop: File exists; name another
 train --data GLYPHS --out run --overwrite --width 2000000 | not enough memory
 train --data GLYPHS --out run --resume --overwrite      | --resume and --overwrite exclude each other
 train --out run --resume --width 6                      | --width: the run in run has 4 ... leave the flag out
@@ -121,6 +150,7 @@ train --out run --resume --lr .5                        | --lr: the run in run h
 train --out run --resume --image-size 24                | --image-size: the run in run has 16 ... leave the flag out
 train --out run --resume --model ebm                    | --model: the run in run has jem ... leave the flag out
 train --out run --resume --data digits                  | last.pt: --data digits is not what this run was trained on
+train --out run --resume --epochs 3 --data CHANGED      | last.pt: --data ... CHANGED is not what this run was trained on
 train --out run --resume --epochs 1                     | --epochs 1: the run in run has 2
 train --out new --resume                                | no last.pt in new; start without --resume
 generate                                                | arguments are required: --ckpt
@@ -139,7 +169,18 @@ generate --ckpt run/best.pt --mode denoise --start nowhere | nowhere
 generate --ckpt run/best.pt --mode denoise --start note.txt | note.txt: not readable as an image
 generate --ckpt run/best.pt --mode denoise --strengths 0 | --strengths: '0' is not a number from
 generate --ckpt run/best.pt --mode denoise --images 0   | --images: '0' is not a whole number from 1
-generate --ckpt run/best.pt --mode inpaint --mask nowhere | nowhere
+generate --ckpt run/best.pt --mode inpaint --mask Left  | --mask Left: no such image, and none of left, centre
+generate --ckpt run/best.pt --mode inpaint --mask LETTERS | --mask LETTERS: no such image, and none of left, centre
+generate --ckpt run/best.pt --mode inpaint --mask LETTERS/a/0.png | --mask LETTERS/a/0.png: all of one colour; make it white
+generate --ckpt run/best.pt --start LETTERS             | --start: the mode samples has no use for it; leave the flag out
+generate --ckpt run/best.pt --mode interpolate --noise .1 | --noise: the mode interpolate has no use for it
+generate --ckpt run/best.pt --mode evaluate --classes lie | --classes: the mode evaluate has no use for it
+generate --ckpt run/best.pt --mode concepts --gif       | --gif: the mode concepts has no use for it
+generate --ckpt run/best.pt --mode denoise --start mine/denoise.npy --out mine | --start mine/denoise.npy: would be overwritten
+generate --ckpt run/best.pt --mode denoise --start LETTERS --out LETTERS/a | --out LETTERS/a: lies in LETTERS
+generate --ckpt run/best.pt --mode denoise --data CHANGED | --data CHANGED: its images or labels are not those
+generate --ckpt run/best.pt --mode evaluate --judge changed/best.pt | --judge changed/best.pt: not trained on the data of
+generate --ckpt ebm/best.pt --mode evaluate             | --mode evaluate: ebm/best.pt is a plain EBM, without classes
 generate --ckpt run/best.pt --mode compose              | --mode compose: name two classes with --classes
 generate --ckpt run/best.pt --mode compose --ckpt2 note.txt | note.txt: not a checkpoint
 generate --ckpt run/best.pt --mode evaluate             | --mode evaluate: name an independent classifier with --judge
@@ -149,7 +190,12 @@ ood --ckpt run/best.pt --ood note.txt                   | note.txt: not readable
 ood --ckpt run/best.pt --ood GLYPHS                     | GLYPHS: no images here
 ood --ckpt run/best.pt --judge nowhere                  | nowhere
 ood --ckpt run/best.pt --judge LETTERS --ood noise      | --judge gives verdicts ... leave out --ood
+ood --ckpt run/best.pt --ood LETTERS --out LETTERS      | --out LETTERS: lies in LETTERS
+ood --ckpt run/best.pt --data CHANGED                   | --data CHANGED: its images or labels are not those
+ood --ckpt ebm/best.pt --data CHANGED                   | --data CHANGED: its images or labels are not those
 ood --ckpt run/best.pt --baseline note.txt              | note.txt: not a checkpoint
+ood --ckpt run/best.pt --baseline run/last.pt           | --baseline run/last.pt: no plain classifier ... --px-weight 0
+ood --ckpt run/best.pt --baseline changed/best.pt       | --baseline changed/best.pt: no plain classifier
 ood --ckpt run/best.pt --trust --attacked 0             | --attacked: '0' is not a whole number from 1
 ood --ckpt run/best.pt --ood                            | --ood: expected at least one argument
 ood --ckpt run/best.pt --data nowhere                   | --data nowhere: no such folder
@@ -163,18 +209,11 @@ ood --ckpt run/best.pt --out note.txt/new               | --out ... note.txt is 
 @pytest.mark.parametrize('row', FLAGS, ids=lambda row: ' '.join(row.split('|')[0].split()))
 def test_flags(row, desk, capsys):
     """A flag out of range, of another kind or against another flag."""
-    command, answer = row.split('|')
+    command, answer = (text.replace('LONG', 300 * 'o') for text in row.split('|'))
     check(command, answer.strip(), desk, capsys)
 
 
 # --- data -----------------------------------------------------------------------------------------------------------------
-
-def save(path, *arrays):
-    """Arrays one after the other in one file, as in the course's folder."""
-    with open(path, 'wb') as file:
-        for array in arrays:
-            np.save(file, array)
-
 
 def cut(path, share=.5):
     content = path.read_bytes()
@@ -232,6 +271,8 @@ REST = {  # what is done to the rest of the course folder
     'OOD images: flat': (lambda f: save(f / 'ood_ta.npy', IMAGES[0]), 'ood_ta.npy: images must be finite'),
     'a name too few': (lambda f: (f / 'classes.txt').write_text('stand\nlie\n'),
                        'classes.txt: 2 different names for 3 classes; write one name a line, or remove the file'),
+    'names in Latin-1': (lambda f: (f / 'classes.txt').write_bytes('st\u00e4nd\nlie\nlean\n'.encode('latin-1')),
+                         'classes.txt: not in UTF-8; save it in that encoding, one name a line'),
     'a name twice': (lambda f: (f / 'classes.txt').write_text('lie\nlie\nlean\n'),
                      'classes.txt: 2 different names for 3 classes; write one name a line, or remove the file'),
 }
@@ -263,6 +304,7 @@ def split(folder, *parts):
 IMAGE = 'not readable as an image ... replace it or take it away'
 LETTERS = {  # what is done to LETTERS
     'nothing in it': (lambda f: (shutil.rmtree(f), f.mkdir()), 'LETTERS ... class folder ... give every class a folder'),
+    'hidden folders only': (lambda f: (shutil.rmtree(f), (f / '.a').mkdir(parents=True)), 'LETTERS ... no class folder'),
     'files only': (lambda f: (shutil.rmtree(f), f.mkdir(), (f / 'a.png').write_bytes(b'')), 'LETTERS ... class folder'),
     'a class without images': (lambda f: empty(f / 'b'), 'LETTERS ... classes b ... give every class a folder with images'),
     'other files': (lambda f: [path.rename(path.with_suffix('.doc')) for path in (f / 'b').iterdir()], 'classes b'),
