@@ -139,7 +139,7 @@ train --data GLYPHS --out mine                          | --out mine: curves.png
 train --data LETTERS --out LETTERS                      | --out LETTERS: lies in ... LETTERS ... read as data; name another
 train --data LETTERS --out LETTERS/new/run              | --out LETTERS/new/run: lies in ... read as data; name another
 train --data LONG                                       | LONG: File name too long; name another
-train --data GLYPHS --out LONG                          | LONG: File name too long; name another
+train --data GLYPHS --out LONG                          | LONG ... File name too long; name another
 train --data loop                                       | --data loop: no such folder
 train --data GLYPHS --out loop                          | loop: File exists; name another
 train --data GLYPHS --out run --overwrite --width 2000000 | not enough memory
