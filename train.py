@@ -38,9 +38,9 @@ except ImportError:  # Windows
     fcntl = None
 
 # What `update` returns and the log averages over an epoch. loss_px is the energy gap E(data) - E(samples); saturated is
-# the share of pixels at -1 or 1 in samples beyond that in data.
-AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'train_accuracy',
-            'saturated', 'grad_norm']
+# the share of pixels at -1 or 1 in samples beyond that in data, energy_std how much the energies of both differ.
+AVERAGES = ['loss', 'loss_px', 'loss_pyx', 'loss_reg', 'loss_matching', 'energy_real', 'energy_synth', 'energy_std',
+            'train_accuracy', 'saturated', 'grad_norm']
 ROUND, WHITE = .3, .5  # the radius of the energy's valleys at the bottom and the strongest noise there, in units of [-1, 1]
 OUTPUTS = ['best.pt', 'last.pt', 'log.csv', 'curves.png']
 COLUMNS = ['epoch', 'step', 'seconds', 'lr', *AVERAGES, 'val_accuracy', 'val_auprc', 'val_auroc', 'event']
@@ -133,10 +133,12 @@ def update(run, x_real, y):
 
     loss = args.px_weight * (gap + loss_reg + loss_matching) + args.pyx_weight * loss_pyx
 
+    energy_std = logits.logsumexp(1).std(correction=0)  # (2B, K) -> (2B,) -> ()
     accuracy = (logits_real.argmax(1) == y).float().mean()
     at_limit = (images.abs() == 1).float().mean(dim=(1, 2, 3))  # (2B,)
     saturated = at_limit[-len(y):].mean() - at_limit[:len(y)].mean()
-    numbers = torch.stack([loss, gap, loss_pyx, loss_reg, loss_matching, e_real, e_synth, accuracy, saturated]).detach()
+    numbers = torch.stack([loss, gap, loss_pyx, loss_reg, loss_matching, e_real, e_synth, energy_std, accuracy,
+                           saturated]).detach()
 
     run.optimizer.zero_grad()
     loss.backward()
@@ -275,6 +277,7 @@ def set_learning_rate(run, updates):
 CHECK_EVERY = 10  # updates; reading numbers makes the CPU wait for a GPU, so not every time
 SAVE_EVERY = 500  # updates, and at the end of an epoch: what a trip, or a machine that is switched off, costs at most
 RETREAT = .3  # factor on the learning rate after each trip
+FLAT = 1e-6  # nats; fresh weights give energies that differ by some 1e-5, dead ones by what float32 rounds
 MOST_TRIPS = 6  # a rate of .3 ** 6, a thousandth of the wanted one, has not helped either
 
 
@@ -290,6 +293,7 @@ def check(run, bar):
     signs = {'a number is not finite': not all(map(math.isfinite, now.values())),
              'the energy gap nears its bound 1/alpha': abs(now['loss_px']) * run.args.alpha > .5,
              'chains stick to the limits of the pixel values': now['saturated'] > .5,
+             'the energy is the same for all images': run.args.px_weight and now['energy_std'] < FLAT,
              'the gradient is 20 times as long as usual': now['grad_norm'] > 20 * usual}
     watched = signs if run.args.guard else [*signs][:1]  # without the guard a run may do anything but end in NaN
     return next((sign for sign in watched if signs[sign]), '')

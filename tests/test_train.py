@@ -270,6 +270,24 @@ def test_guard_mends_a_broken_chain(trained, glyphs, tmp_path):
     assert float(rows[3]['lr']) == pytest.approx(2e-3 * .12 * .98 ** 3 * train.RETREAT, rel=1e-3)  # still warming up
 
 
+def test_guard_sees_a_dead_network(glyphs, tmp_path, monkeypatch):
+    """An energy that is the same everywhere has no gap and no error to show, and no gradient that leads back: one trip."""
+    calls, update = [], train.update
+
+    def deadly(run, x, y):
+        calls.append(run.epoch)
+        if len(calls) in (4, 5, 6):  # the second epoch, the first time
+            run.model.features[0].weight.data.zero_()
+            run.model.features[0].bias.data.zero_()
+        return update(run, x, y)
+
+    monkeypatch.setattr(train, 'update', deadly)
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '3'])
+    events = [row['event'] for row in read_log(tmp_path)]
+    assert calls == [0] * 3 + [1] * 6 + [2] * 3 and not events[0] and not events[2]
+    assert events[1] == 'the energy is the same for all images (epoch 2, update 3)'
+
+
 def test_guard_can_be_switched_off(glyphs, tmp_path, capsys):
     """--no-guard lets a student watch the gap go to its bound; NaN still ends the run, at once."""
     flags = ['--data', str(glyphs), *QUICK, '--lr', '.1', '--warmup', '1', '--matching', '0', '--no-guard']
