@@ -11,6 +11,7 @@ Low energy = likely = in-distribution. With K = 1 the same class is a plain ener
 """
 import argparse
 import contextlib
+import ctypes
 import io
 import math
 import os
@@ -49,7 +50,7 @@ class EnergyModel(nn.Module):
         self.settings = {'num_classes': num_classes, 'channels': channels, 'width': width}
         self.precision = precision
         self.features = nn.Sequential(                                               # for x (B, C, 56, 56):
-            nn.Conv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),           # (B, 32, 30, 30)
+            FirstConv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),         # (B, 32, 30, 30)
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU(),          # (B, 64, 15, 15)
             nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 8, 8)
             nn.Conv2d(4 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 4, 4)
@@ -77,6 +78,41 @@ class EnergyModel(nn.Module):
         return -self(x, y)
 
 
+class FirstConv2d(nn.Conv2d):
+    """The same convolution, and on a CPU another way to its gradient with respect to the images. With one channel or three
+    the library's would take a quarter of a step of SGLD; a matrix product, folded together, takes a third of that."""
+
+    def forward(self, x):
+        if x.device.type != 'cpu':
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+        return FoldedConv2d.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype), self.stride, self.padding)
+
+
+class FoldedConv2d(torch.autograd.Function):
+    """conv2d, whose gradients are written out with operations that have gradients themselves, for `create_graph`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, stride, padding):
+        ctx.save_for_backward(x, weight)
+        ctx.stride, ctx.padding = stride, padding
+        return nn.functional.conv2d(x, weight, bias, stride, padding)  # (B, C, H, W) -> (B, F, O, O)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        to_x = to_weight = to_bias = None
+        if ctx.needs_input_grad[0]:
+            pixels = gradient.permute(0, 2, 3, 1).flatten(1, 2)  # (B, F, O, O) -> (B, O * O, F)
+            patches = weight.flatten(1).T @ pixels.transpose(1, 2)  # (C * 25, F) @ (B, F, O * O) -> (B, C * 25, O * O)
+            to_x = nn.functional.fold(patches, x.shape[2:], weight.shape[2:], padding=ctx.padding, stride=ctx.stride)
+        if ctx.needs_input_grad[1]:
+            to_weight = nn.grad.conv2d_weight(x, weight.shape, gradient, ctx.stride, ctx.padding)
+        if ctx.needs_input_grad[2]:
+            to_bias = gradient.sum((0, 2, 3))  # (B, F, O, O) -> (F,)
+        return to_x, to_weight, to_bias, None, None
+
+
 # --- device, precision, command line ----------------------------------------------------------------------------------
 
 class CommandLine(argparse.ArgumentParser):
@@ -96,6 +132,7 @@ class CommandLine(argparse.ArgumentParser):
         args = super().parse_args(argv)
         args.device = choose_device(args.device)
         args.precision = choose_precision(args.precision, args.device)
+        keep_memory()
         return args
 
     def error(self, message):
@@ -221,6 +258,15 @@ def choose_precision(text, device):
     if device.type == 'cuda':
         return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp32'
     return 'bf16' if device.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16') else 'fp32'
+
+
+def keep_memory():
+    """Let the C library keep what a step of SGLD frees for the next one. By default it gives large blocks back to the system,
+    which fills new ones with zeros: a fifth of the time of a step on a CPU."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS and Windows have another library
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+        mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD, the highest there is
 
 
 # --- several processes: torchrun --nproc-per-node N train.py ----------------------------------------------------------
