@@ -1,4 +1,4 @@
-"""Benchmark of the sampling loop, run by hand: ours against the loop of the tutorials, interleaved in one process.
+"""Benchmark of the sampling loop, run by hand: ours against the loop of the tutorials, interleaved.
 
     python tests/bench_sampling.py                     ten minutes on two cores
     python tests/bench_sampling.py --threads 1 --pairs 11
@@ -42,7 +42,13 @@ PLAIN = ['--model', 'ebm', '--matching', '0', '--step-size', '10', '--noise', '.
          '.03', '--prior', 'uniform', '--reservoir', '8192']  # the same recipe, as flags of train.py
 
 
-class TutorialSampler:
+class Sampler:
+    @torch.no_grad()
+    def energies(self, x):
+        return self.model.energy(x)  # (B, C, H, W) -> (B,)
+
+
+class TutorialSampler(Sampler):
     """The tutorials' sampler and training step: examples in a list, one round of it per call."""
 
     def __init__(self, model, shape, batch, device):
@@ -91,7 +97,7 @@ class TutorialSampler:
         self.optimizer.step()
 
 
-class OurSampler:
+class OurSampler(Sampler):
     """What ships: a ring buffer on the device, `sampler.sgld` and `train.update`."""
 
     def __init__(self, model, shape, batch, device, *flags):
@@ -130,44 +136,84 @@ def spread(values, form='{:.0f}'):
     return ' '.join([form.format(np.median(values)), f'({form.format(min(values))}, {form.format(max(values))})'])
 
 
-def contenders(size, batch, precision, device):
-    """Both samplers on networks with the same weights, the last layer steep enough for chains to move."""
+def make(which, size, batch, precision, device):
+    """One of the samplers, on a network with the same weights, the last layer steep enough for chains to move."""
     torch.manual_seed(0)
-    plain = EnergyModel(1, width=32).to(device).to(memory_format=torch.contiguous_format)
+    model = EnergyModel(1, width=32, precision=precision if which == 'ours' else 'fp32')
     with torch.no_grad():
-        plain.head.weight *= 300
-    plain.features.register_forward_pre_hook(lambda _, x: (x[0].contiguous(),))  # what the tutorials run: NCHW, float32
-    model = EnergyModel(1, width=32, precision=precision).to(device)
-    model.load_state_dict(plain.state_dict())
-    shape = (1, size, size)
-    return TutorialSampler(plain, shape, batch, device), OurSampler(model, shape, batch, device)
+        model.head.weight *= 300
+    model = model.to(device)
+    if which == 'ours':
+        return OurSampler(model, (1, size, size), batch, device)
+    first = torch.nn.Conv2d(1, 32, 5, stride=2, padding=4)  # what the tutorials run: torch's own layers, NCHW, float32
+    first.load_state_dict(model.features[0].state_dict())
+    model.features[0] = first
+    model.to(device, memory_format=torch.contiguous_format)
+    model.features.register_forward_pre_hook(lambda _, x: (x[0].contiguous(),))
+    return TutorialSampler(model, (1, size, size), batch, device)
 
 
-def race(theirs, ours, device, pairs):
-    """Seconds of two functions, called in turns: lists of `pairs` numbers."""
-    theirs(), ours()  # warm up
-    times = {theirs: [], ours: []}
-    for i in range(pairs):
-        for function in ((theirs, ours) if i % 2 else (ours, theirs)):
-            times[function].append(clock(function, device)[0])
-    return np.array(times[theirs]), np.array(times[ours])
+def serve(pipe, threads, *arguments):
+    """A process with one sampler: calls the methods it is told and answers with the seconds they took and what they gave; in
+    the end with the MB by which its memory has grown at the most."""
+    torch.set_num_threads(threads)
+    sampler, device = make(*arguments), arguments[-1]
+    before = most_held()
+    while (call := pipe.recv()) is not None:
+        name, *values = call
+        seconds, result = clock(lambda: getattr(sampler, name)(*(x.to(device, copy=True) if torch.is_tensor(x) else x
+                                                               for x in values)), device)
+        pipe.send((seconds, result.cpu() if torch.is_tensor(result) else None))
+    pipe.send(most_held() - before)
+
+
+class Contender:
+    """A sampler in a process of its own, so that neither has the other's settings or memory."""
+
+    def __init__(self, *arguments):
+        context = multiprocessing.get_context('spawn')
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=serve, args=(other, torch.get_num_threads(), *arguments), daemon=True)
+        self.process.start()
+
+    def call(self, *name_and_values):
+        self.pipe.send(name_and_values)
+        return self.pipe.recv()
+
+    def end(self):
+        """End the process; returns the MB by which its memory has grown at the most."""
+        self.pipe.send(None)
+        return self.pipe.recv()
+
+
+def race(theirs, ours, pairs, *call):
+    """Seconds that a call takes both, in turns: two arrays of `pairs` numbers."""
+    times = {contender: [] for contender in (theirs, ours)}
+    for i in range(-1, pairs):  # the first one warms up
+        for contender in ((theirs, ours) if i % 2 else (ours, theirs)):
+            time.sleep(.3)  # the other's threads go on turning for a while before they sleep
+            times[contender].append(contender.call(*call)[0])
+    return [np.array(times[contender][1:]) for contender in (theirs, ours)]
 
 
 def compare(size, batch, steps, precision, pairs, device):
-    """One row of the table; returns our image-steps per second and our updates per second, and both ratios, medians."""
-    theirs, ours = contenders(size, batch, precision, device)
-    start = prior('uniform', (256, 1, size, size), torch.Generator(device).manual_seed(1), device)
-    ends = [sampler.walk(start.clone(), steps) for sampler in (theirs, ours)]  # (256, 1, H, W) both: the same law?
-    with torch.no_grad():
-        before, *e = [theirs.model.energy(x).double() for x in (start, *ends)]  # (256,) each
+    """One row of the table; returns our image-steps per second, the median."""
+    both = theirs, ours = [Contender(which, size, batch, precision, device) for which in ('tutorial', 'ours')]
+
+    def in_batches(contender, x, *call):  # (256, ...) -> (256, ...)
+        return torch.cat([contender.call(call[0], part, *call[1:])[1] for part in x.split(batch)])
+
+    start = prior('uniform', (256, 1, size, size), torch.Generator().manual_seed(1))
+    ends = [in_batches(contender, start, 'walk', steps) for contender in both]  # (256, 1, H, W) both: the same law?
+    before, *e = [in_batches(theirs, x, 'energies').double() for x in (start, *ends)]  # (256,) each
     error = ((e[0] - e[1]).var() / len(start)).sqrt().item()
-    a, b = race(lambda: theirs.sample(steps), lambda: ours.sample(steps), device, pairs)
-    x = torch.rand(batch, 1, size, size, device=device) * 2 - 1
-    c, d = race(lambda: theirs.update(x, steps), lambda: ours.update(x, steps), device, pairs)
+    a, b = race(theirs, ours, pairs, 'sample', steps)
+    c, d = race(theirs, ours, pairs, 'update', torch.rand(batch, 1, size, size) * 2 - 1, steps)
+    held = [contender.end() for contender in both]  # MB
     work = batch * steps
     print(f'{size:4d} {batch:5d} {precision}  {spread(work / a):>18} {spread(work / b):>18}  {spread(a / b, "{:.2f}"):>17}  '
-          f'{spread(c / d, "{:.2f}"):>17} {np.median(1 / d):6.2f}   {before.mean():+.2f} {e[0].mean():+.3f} {e[1].mean():+.3f} '
-          f'{error:.3f}', flush=True)
+          f'{spread(c / d, "{:.2f}"):>17} {np.median(1 / d):6.2f}   {held[0]:4.0f} {held[1]:4.0f}   '
+          f'{before.mean():+.2f} {e[0].mean():+.3f} {e[1].mean():+.3f} {error:.3f}', flush=True)
     return np.median(work / b)
 
 
@@ -212,23 +258,6 @@ def floor(size, batch, precision, device, speed, limit):
 def most_held():
     """MB: the largest resident set that this process has had (getrusage would count its parent's, too)."""
     return int(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1]) / 1024
-
-
-def grow(queue, which, size, batch, steps, precision, device):
-    """Put into `queue` the MB by which the resident set of this process grows over two updates at the most."""
-    sampler = contenders(size, batch, precision, device)[which]
-    before = most_held()
-    for _ in range(2):
-        sampler.update(torch.zeros(batch, 1, size, size), steps)
-    queue.put(most_held() - before)
-
-
-def peak_memory(*arguments):
-    """What `grow` says in a process of its own."""
-    context = multiprocessing.get_context('spawn')
-    queue = context.Queue()
-    context.Process(target=grow, args=(queue, *arguments)).start()
-    return queue.get()
 
 
 GROWTH = {'--width': [8, 16, 32, 64], '--image-size': [16, 28, 56, 112], '--batch-size': [8, 16, 32, 64, 128],
@@ -282,18 +311,14 @@ def main():
           f'torch {torch.__version__}, K {args.steps}, {args.pairs} pairs')
     if args.growth:
         return growth(args.growth, device)
-    print('                        image-steps/s                        ratio of             ratio of         ours    '
-          'energy: start, tutorial,\nsize batch           tutorial               ours  sampling           updates    '
-          '    1/s     ours, standard error')
+    print('                        image-steps/s                        ratio of             ratio of         ours    MB held by'
+          '  energy: start, tutorial,\nsize batch           tutorial               ours  sampling           updates        1/s'
+          '   both, above ours, standard error')
     for precision in dict.fromkeys((choose_precision('auto', device), 'fp32')):
         limit = matrix_speed(precision, device)
         for size, batch in ((56, 32), (56, 128), (28, 32), (28, 128)):
             speed = compare(size, batch, args.steps, precision, args.pairs, device)
             floor(size, batch, precision, device, speed, limit)
-    if device.type == 'cpu':
-        for which, name in enumerate(('tutorial', 'ours')):
-            print(f'{name}: two updates of 128 images of 56x56 need '
-                  f'{peak_memory(which, 56, 128, 10, choose_precision("auto", device), device):.0f} MB')
     start_up()
 
 
