@@ -73,6 +73,15 @@ class EnergyModel(nn.Module):
             return logits.logsumexp(dim=1)  # (B, K) -> (B,)
         return logits.gather(1, y[:, None]).squeeze(1)  # (B, K) -> (B, 1) -> (B,)
 
+    @contextlib.contextmanager
+    def frozen(self):
+        """Weights that need no gradient for as long as chains move: none is computed for them."""
+        self.requires_grad_(False)
+        try:
+            yield
+        finally:
+            self.requires_grad_(True)
+
     def energy(self, x, y=None):
         """E(x, y) = -f(x)[y] or E(x) = -f(x), (B,): low for what is likely."""
         return -self(x, y)
@@ -101,7 +110,7 @@ class AddedUpConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):  # (B, F, O, P)
         (x, weight), (stride, padding, dtype) = ctx.saved_tensors, ctx.settings
-        (batch, channels, height, width), (_, features, rows, columns) = x.shape, gradient.shape
+        (batch, channels, height, width), (rows, columns) = x.shape, gradient.shape[2:]
         to_x = to_weight = to_bias = None
         if ctx.needs_input_grad[0]:
             size = weight.shape[2]

@@ -110,7 +110,8 @@ class OurSampler(Sampler):
 
     def sample(self, steps):
         self.run.args.sgld_steps = steps
-        return train.draw_samples(self.run, self.model.energy, torch.empty(self.batch, 1, device=self.y.device), None)
+        with self.model.frozen():
+            return train.draw_samples(self.run, self.model.energy, torch.empty(self.batch, 1, device=self.y.device), None)
 
     def walk(self, x, steps):
         return sgld(self.model.energy, x, steps, STEP_SIZE, NOISE, CLIP)
@@ -183,7 +184,9 @@ class Contender:
     def end(self):
         """End the process; returns the MB by which its memory has grown at the most."""
         self.pipe.send(None)
-        return self.pipe.recv()
+        held = self.pipe.recv()
+        self.process.join()
+        return held
 
 
 def race(theirs, ours, pairs, *call):
@@ -191,7 +194,6 @@ def race(theirs, ours, pairs, *call):
     times = {contender: [] for contender in (theirs, ours)}
     for i in range(-1, pairs):  # the first one warms up
         for contender in ((theirs, ours) if i % 2 else (ours, theirs)):
-            time.sleep(.3)  # the other's threads go on turning for a while before they sleep
             times[contender].append(contender.call(*call)[0])
     return [np.array(times[contender][1:]) for contender in (theirs, ours)]
 
@@ -207,8 +209,8 @@ def compare(size, batch, steps, precision, pairs, device):
     ends = [in_batches(contender, start, 'walk', steps) for contender in both]  # (256, 1, H, W) both: the same law?
     before, *e = [in_batches(theirs, x, 'energies').double() for x in (start, *ends)]  # (256,) each
     error = ((e[0] - e[1]).var() / len(start)).sqrt().item()
-    a, b = race(theirs, ours, pairs, 'sample', steps)
     c, d = race(theirs, ours, pairs, 'update', torch.rand(batch, 1, size, size) * 2 - 1, steps)
+    a, b = race(theirs, ours, pairs, 'sample', steps)  # after updates, in which malloc has learned what the loop needs
     held = [contender.end() for contender in both]  # MB
     work = batch * steps
     print(f'{size:4d} {batch:5d} {precision}  {spread(work / a):>18} {spread(work / b):>18}  {spread(a / b, "{:.2f}"):>17}  '
