@@ -11,7 +11,6 @@ Low energy = likely = in-distribution. With K = 1 the same class is a plain ener
 """
 import argparse
 import contextlib
-import ctypes
 import io
 import math
 import os
@@ -148,7 +147,6 @@ class CommandLine(argparse.ArgumentParser):
         args = super().parse_args(argv)
         args.device = choose_device(args.device)
         args.precision = choose_precision(args.precision, args.device)
-        keep_memory()
         return args
 
     def error(self, message):
@@ -274,15 +272,6 @@ def choose_precision(text, device):
     if device.type == 'cuda':
         return 'bf16' if torch.cuda.get_device_capability(device)[0] >= 8 else 'fp32'
     return 'bf16' if device.type == 'cpu' and torch.cpu.get_capabilities().get('avx512_bf16') else 'fp32'
-
-
-def keep_memory():
-    """Let the C library keep what a step of SGLD frees for the next one. By default it gives large blocks back to the system,
-    which fills new ones with zeros: a fifth of the time of a step on a CPU."""
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # macOS and Windows have another library
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-3, 2 ** 25)  # M_MMAP_THRESHOLD, the highest there is
 
 
 # --- several processes: torchrun --nproc-per-node N train.py ----------------------------------------------------------

@@ -283,7 +283,10 @@ def growth(path, device):
             times.append(1e3 * min(clock(lambda: train.update(run, x, y), device)[0] for _ in range(5)))
         print(f'{flag:13}' + '  '.join(f'{value}: {ms:.0f} ms' for value, ms in zip(values, times)), flush=True)
         ax.loglog(values, times, marker='o')
-        ax.loglog(values, np.array(values) * times[-1] / values[-1], ':', color='grey', label='in proportion')
+        if flag != '--reservoir':  # which shall cost nothing
+            ax.loglog(values, np.array(values) * times[-1] / values[-1], ':', color='grey', label='in proportion')
+        ax.set_xticks(values, map(str, values))
+        ax.minorticks_off()
         ax.set(xlabel=flag)
     axes[0].set_ylabel('ms an update')
     axes[0].legend()
