@@ -556,7 +556,7 @@ def parse_args(argv=None):
     parser.add_shared_arguments()
     args = parser.parse_args(argv)
     _, steps, images, uses = MODES[args.mode]
-    for name in {name for *_, flags in MODES.values() for name in flags}.difference(uses):
+    for name in sorted({name for *_, flags in MODES.values() for name in flags}.difference(uses)):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")}: the mode {args.mode} has no use for it; leave the flag out')
     for flag, path in {'--start': args.start, '--mask': args.mask not in MASKS and Path(args.mask)}.items():
