@@ -49,7 +49,7 @@ class EnergyModel(nn.Module):
         self.settings = {'num_classes': num_classes, 'channels': channels, 'width': width}
         self.precision = precision
         self.features = nn.Sequential(                                               # for x (B, C, 56, 56):
-            FirstConv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),         # (B, 32, 30, 30)
+            nn.Conv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),           # (B, 32, 30, 30)
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU(),          # (B, 64, 15, 15)
             nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 8, 8)
             nn.Conv2d(4 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 4, 4)
@@ -72,60 +72,9 @@ class EnergyModel(nn.Module):
             return logits.logsumexp(dim=1)  # (B, K) -> (B,)
         return logits.gather(1, y[:, None]).squeeze(1)  # (B, K) -> (B, 1) -> (B,)
 
-    @contextlib.contextmanager
-    def frozen(self):
-        """Weights that need no gradient for as long as chains move: none is computed for them."""
-        self.requires_grad_(False)
-        try:
-            yield
-        finally:
-            self.requires_grad_(True)
-
     def energy(self, x, y=None):
         """E(x, y) = -f(x)[y] or E(x) = -f(x), (B,): low for what is likely."""
         return -self(x, y)
-
-
-class FirstConv2d(nn.Conv2d):
-    """The same convolution, and on a CPU another way to its gradient with respect to the images. With one channel or three
-    the library's would take a quarter of a step of SGLD; a matrix product, added up pixel by pixel, takes a third of that."""
-
-    def forward(self, x):
-        if x.device.type != 'cpu':
-            return super().forward(x)
-        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        return AddedUpConv2d.apply(x, self.weight, self.bias, self.stride[0], self.padding[0], dtype)
-
-
-class AddedUpConv2d(torch.autograd.Function):
-    """conv2d in `dtype`, its gradients written out with operations that have gradients themselves, for `create_graph`."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, stride, padding, dtype):
-        ctx.save_for_backward(x, weight)
-        ctx.settings = stride, padding, dtype
-        return nn.functional.conv2d(x.to(dtype), weight.to(dtype), bias.to(dtype), stride, padding)
-
-    @staticmethod
-    def backward(ctx, gradient):  # (B, F, O, P)
-        (x, weight), (stride, padding, dtype) = ctx.saved_tensors, ctx.settings
-        (batch, channels, height, width), (rows, columns) = x.shape, gradient.shape[2:]
-        to_x = to_weight = to_bias = None
-        if ctx.needs_input_grad[0]:
-            size = weight.shape[2]
-            pixels = gradient.permute(0, 2, 3, 1).flatten(0, 2)  # (B, F, O, P) -> (B * O * P, F)
-            parts = weight.to(dtype).flatten(1).T @ pixels.T  # (C * 25, F) @ (F, B * O * P) -> (C * 25, B * O * P)
-            parts = parts.view(channels, size, size, batch, rows, columns)
-            to_x = x.new_zeros(channels, batch, height + 2 * padding, width + 2 * padding)
-            for i in range(size):
-                for j in range(size):  # pixel (o, p) of the layer has seen pixel (stride o + i, stride p + j) of the padded image
-                    to_x[:, :, i:i + stride * rows:stride, j:j + stride * columns:stride].add_(parts[:, i, j])
-            to_x = to_x.transpose(0, 1)[:, :, padding:-padding, padding:-padding]  # (C, B, ...) -> (B, C, H, W)
-        if ctx.needs_input_grad[1]:
-            to_weight = nn.grad.conv2d_weight(x.to(dtype), weight.shape, gradient, stride, padding).to(weight.dtype)
-        if ctx.needs_input_grad[2]:
-            to_bias = gradient.sum((0, 2, 3), dtype=weight.dtype)  # (B, F, O, P) -> (F,)
-        return to_x, to_weight, to_bias, None, None, None
 
 
 # --- device, precision, command line ----------------------------------------------------------------------------------

@@ -114,8 +114,7 @@ def update(run, x_real, y):
     def energy(x):
         return run.model.energy(x, label)  # (B, C, H, W) -> (B,)
 
-    with run.model.frozen():
-        x_synth = draw_samples(run, energy, x_real, label) if args.px_weight else x_real[:0]  # a plain classifier has none
+    x_synth = draw_samples(run, energy, x_real, label) if args.px_weight else x_real[:0]  # a plain classifier has none
 
     images = torch.cat([x_real, x_synth])  # (2B, C, H, W), one pass through the network for both
     noise = torch.randn(images.shape, generator=run.generator, device=images.device)

@@ -110,8 +110,7 @@ class OurSampler(Sampler):
 
     def sample(self, steps):
         self.run.args.sgld_steps = steps
-        with self.model.frozen():
-            return train.draw_samples(self.run, self.model.energy, torch.empty(self.batch, 1, device=self.y.device), None)
+        return train.draw_samples(self.run, self.model.energy, torch.empty(self.batch, 1, device=self.y.device), None)
 
     def walk(self, x, steps):
         return sgld(self.model.energy, x, steps, STEP_SIZE, NOISE, CLIP)
@@ -146,10 +145,7 @@ def make(which, size, batch, precision, device):
     model = model.to(device)
     if which == 'ours':
         return OurSampler(model, (1, size, size), batch, device)
-    first = torch.nn.Conv2d(1, 32, 5, stride=2, padding=4)  # what the tutorials run: torch's own layers, NCHW, float32
-    first.load_state_dict(model.features[0].state_dict())
-    model.features[0] = first
-    model.to(device, memory_format=torch.contiguous_format)
+    model.to(memory_format=torch.contiguous_format)  # what the tutorials run: NCHW, float32
     model.features.register_forward_pre_hook(lambda _, x: (x[0].contiguous(),))
     return TutorialSampler(model, (1, size, size), batch, device)
 

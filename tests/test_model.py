@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 
-from model import CheckpointError, EnergyModel, FirstConv2d, load_model, read_checkpoint, save_checkpoint
+from model import CheckpointError, EnergyModel, load_model, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -19,22 +19,6 @@ def test_marginal_energy_sums_the_joint_one(model):
     x = torch.rand(7, 1, 20, 20) * 2 - 1
     joint = torch.stack([model.energy(x, torch.full((7,), y)) for y in range(5)], dim=1)  # (7, 5)
     torch.testing.assert_close(model.energy(x), -torch.logsumexp(-joint, dim=1))
-
-
-@pytest.mark.parametrize('channels, size', [(1, 16), (3, 19)])
-def test_gradients_of_the_first_convolution(channels, size):
-    """Those of torch's own, and their gradients as well, to the images, the weights and the bias, for odd sizes too."""
-    torch.manual_seed(0)
-    ours, theirs = (kind(channels, 4, 5, stride=2, padding=4).double() for kind in (FirstConv2d, torch.nn.Conv2d))
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(2, channels, size, size, dtype=torch.float64, requires_grad=True)
-    first, second = [], []
-    for layer in (ours, theirs):
-        inputs, out = [x, layer.weight, layer.bias], layer(x)
-        first.append([out, *torch.autograd.grad(out.sin().sum(), inputs, create_graph=True)])
-        second.append(torch.autograd.grad(sum(g.square().sum() for g in first[-1][1:]), inputs))
-    torch.testing.assert_close(first[0], first[1])
-    torch.testing.assert_close(second[0], second[1])
 
 
 def test_classifier_is_the_ratio_of_joint_to_marginal(model):
