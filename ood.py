@@ -199,7 +199,7 @@ def print_table(rows, rejected, threshold):
           f'{"FPR95":>8}{"rejected":>10}' + ''.join(f'{other:>{len(other) + 2}}' for other in others))
     for name in sets:
         row = cell[name, energy]
-        print(f'{name:<14}{row["n_ood"]:7d}{row["auroc"]:8.4f} {row["auroc_low"]:.4f} to {row["auroc_high"]:.4f} '
+        print(f'{shortened(name, 14):<14}{row["n_ood"]:7d}{row["auroc"]:8.4f} {row["auroc_low"]:.4f} to {row["auroc_high"]:.4f} '
               f'{row["aupr"]:8.4f}{row["fpr95"]:8.4f}{rejected[name]:10.4f}'
               + ''.join(f'{cell[name, other]["auroc"]:{len(other) + 2}.4f}' for other in others))
     print(f'rejected: energy above {threshold:.3f}, which keeps {KEEP:.0%} of the validation data and rejects '
