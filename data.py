@@ -68,11 +68,12 @@ class Data:
     ood: dict = field(default_factory=dict)
 
     def signature(self):
-        """What tells these data from others: which labels in which order, and how bright each split is, 0 to 255. Single pixels
-        do not count: other versions of the libraries may round them otherwise."""
+        """What tells these data from others: the shape of an image, which labels in which order, and how bright each split is, 0
+        to 255. Single pixels do not count: other versions of the libraries may round them otherwise."""
         splits = self.train, self.val, self.test
         labels = hashlib.sha256(b' '.join(split.labels.numpy().tobytes() for split in splits)).hexdigest()
-        return {'labels': labels, 'brightness': [float(split.images.numpy().mean()) for split in splits]}
+        return {'shape': list(self.test.images.shape[1:]), 'labels': labels,
+                'brightness': [float(split.images.numpy().mean()) for split in splits]}
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
@@ -162,7 +163,8 @@ def load_data(name, image_size=None, data_root='.data', seed=0):
 
 def same_data(signature, other):
     """Whether two `Data.signature`s are of the same data."""
-    return signature['labels'] == other['labels'] and np.allclose(signature['brightness'], other['brightness'], atol=.5)
+    alike = all(signature[key] == other[key] for key in ('shape', 'labels'))
+    return alike and np.allclose(signature['brightness'], other['brightness'], rtol=0, atol=.5)
 
 
 def check_apart(out, *inputs):

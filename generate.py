@@ -402,10 +402,9 @@ def load_judge(checkpoint, args):
         fail('--mode evaluate: name an independent classifier with --judge; python train.py --px-weight 0 --width 48 on the '
              'same data makes one')
     judge, facts = load_model(args.judge, args.device, args.precision)
-    seen, wanted = ((found['class_names'], image_shape(found)) for found in (facts, checkpoint))
     if args.judge.samefile(args.ckpt):
         fail(f'--judge {args.judge}: is --ckpt itself, and samples are not judged by the model that drew them; name another')
-    if seen != wanted or not same_data(facts['signature'], checkpoint['signature']):
+    if facts['class_names'] != checkpoint['class_names'] or not same_data(facts['signature'], checkpoint['signature']):
         fail(f'--judge {args.judge}: not trained on the data of {args.ckpt}; train it with the same --data and --seed '
              f'{checkpoint["args"]["seed"]}')
     return judge

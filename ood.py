@@ -445,11 +445,9 @@ def parse_args(argv=None):
 
 
 def load_baseline(args, checkpoint):
-    """The plain classifier, checked for seeing the same images and, beside a JEM, for knowing the same classes."""
+    """The plain classifier, checked for being one and for knowing the same data."""
     baseline, facts = load_model(args.baseline, args.device, args.precision)
-    seen, wanted = ((found['image_size'], found['settings']['channels'], found['class_names'] or facts['class_names'])
-                    for found in (facts, checkpoint))
-    if seen != wanted or facts['args']['px_weight'] or not same_data(facts['signature'], checkpoint['signature']):
+    if facts['args']['px_weight'] or not same_data(facts['signature'], checkpoint['signature']):
         raise CheckpointError(f'--baseline {args.baseline}: no plain classifier of the images and classes of {args.ckpt}; train '
                               f'one on the same data with python train.py --px-weight 0 --seed {checkpoint["args"]["seed"]}')
     return baseline

@@ -435,8 +435,7 @@ def resume(run, data):
     """Continue the run in last.pt with the very data that it began with."""
     path = run.args.out / 'last.pt'
     checkpoint, now = read_checkpoint(path), checkpoint_facts(run, data)
-    if (any(checkpoint[key] != now[key] for key in ('class_names', 'class_counts', 'image_size'))
-            or not same_data(checkpoint['signature'], now['signature'])):
+    if checkpoint['class_names'] != now['class_names'] or not same_data(checkpoint['signature'], now['signature']):
         raise CheckpointError(f'{path}: --data {run.args.data} is not what this run was trained on; restore the data, or '
                               'start anew with another --out')
     try:
