@@ -719,7 +719,8 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     zoom = max(1, round(56 / width))  # screen pixels for one image pixel
     gap = 2 if captions is None else 2 + -(-12 // zoom)  # room for a caption of 12 screen pixels
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
-    grid = make_grid(to_uint8(x), nrow=columns, padding=0, pad_value=255).permute(1, 2, 0).numpy()  # (rows * (H + gap), cols * (W + 2), 3)
+    grid = make_grid(to_uint8(x), nrow=columns, padding=0, pad_value=255)  # (3, rows * (H + gap), columns * (W + 2))
+    grid = grid.permute(1, 2, 0).numpy()  # (rows * (H + gap), columns * (W + 2), 3)
     rows = [shortened(row, 32) for row in rows or []]
     left = 8 * max(map(len, rows), default=0) + 8
     cell = zoom * (width + 2)  # screen pixels for the texts of a column; a letter takes 5 of them in a head, else 4.5

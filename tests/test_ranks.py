@@ -31,7 +31,7 @@ def test_shares_of_a_batch_add_up(glyphs, tmp_path):
     one, two = (torch.load(tmp_path / name / 'last.pt', weights_only=True)['run'] for name in ('one', 'two'))
     for key, weight in one['model'].items():
         torch.testing.assert_close(weight, two['model'][key], rtol=1e-3, atol=1e-5)
-    means = [i for i, name in enumerate(train.AVERAGES) if name != 'energy_std']  # a deviation of all is no mean of those of shares
+    means = [i for i, name in enumerate(train.AVERAGES) if name != 'energy_std']  # which is no mean
     torch.testing.assert_close(one['sums'][means], two['sums'][means], rtol=1e-4, atol=1e-5)
 
 
