@@ -310,7 +310,7 @@ def load_images(path, image_size, channels):
     path = Path(path)
     if path.suffix == '.npy':
         images = read_arrays(path, labelled=False)[0]  # (N, C, H, W)
-        return prepare(match_channels(images, channels), image_size), [f'{path}[{i}]' for i in range(len(images))]
+        return prepare(match_channels(images, channels), image_size), [f'{printable(path)}[{i}]' for i in range(len(images))]
     files = [path]
     if not path.is_file():
         found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)

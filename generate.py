@@ -17,6 +17,7 @@ Every mode is the one sampler, `draw`, with another start, another energy or a m
 Each writes one picture, MODE.png, and its images as MODE.npy, float32 (N, C, H, W) in [-1, 1], into --out. Image i has a
 random stream of its own, seeded by --seed and i, so it is the same image however many are drawn beside it.
 """
+import os
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -558,10 +559,12 @@ def parse_args(argv=None):
     for name in sorted({name for *_, flags in MODES.values() for name in flags}.difference(uses)):
         if getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")}: the mode {args.mode} has no use for it; leave the flag out')
-    for flag, path in {'--start': args.start, '--mask': args.mask not in MASKS and Path(args.mask)}.items():
-        if path and path.resolve() in [(args.out / f'{args.mode}{end}').resolve() for end in ('.png', '.npy', '.gif')]:
+    mask = None if args.mask in MASKS else Path(args.mask)
+    outputs = [os.path.realpath(args.out / f'{args.mode}{end}') for end in ('.png', '.npy', '.gif')]
+    for flag, path in {'--start': args.start, '--mask': mask}.items():
+        if path and os.path.realpath(path) in outputs:
             parser.error(f'{flag} {path}: would be overwritten by what this command writes; rename it, or name another --out')
-    if args.mask not in MASKS and not Path(args.mask).is_file():
+    if mask and not mask.is_file():
         parser.error(f'--mask {args.mask}: no such image, and none of {", ".join(MASKS)}')
     args.steps, args.images = args.steps or steps, args.images or images
     return args

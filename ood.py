@@ -206,26 +206,28 @@ def print_table(rows, rejected, threshold):
           f'{rejected["test"]:.1%} of the {row["n_id"]} test images')
 
 
-def make_panels(count):
-    """A figure of `count` axes, (figure, list of axes)."""
+def make_panels(titles):
+    """A figure with axes for each of `titles`, (figure, list of axes)."""
+    count = len(titles)
     columns = min(count, 4)
     rows = -(-count // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.8 * rows), squeeze=False, layout='constrained')
     for ax in axes.flat[count:]:
         ax.remove()
+    for ax, title in zip(axes.flat, titles):
+        ax.set_title(shortened(title, 32), parse_math=False)
     return figure, axes.flat[:count]
 
 
 def plot_histograms(energies, rejected, threshold, path):
     """ood.png, after Fig. 2 of the sheet: for each set the histograms of E(x) of the test images and of the OOD images."""
-    figure, axes = make_panels(len(energies) - 1)
+    figure, axes = make_panels(list(energies)[1:])
     for ax, (name, energy) in zip(axes, list(energies.items())[1:]):
         bins = np.histogram_bin_edges(np.concatenate([energies['test'], energy]), 60)
         ax.hist(energies['test'], bins, density=True, alpha=.6, label='test (in-distribution)')
         ax.hist(energy, bins, density=True, alpha=.6, label='OOD')
         ax.axvline(threshold, color='black', linestyle=':', label=f'threshold: rejects {rejected[name]:.1%}')
         ax.set(xlabel='energy E(x)', yticks=[])
-        ax.set_title(shortened(name, 32), parse_math=False)
         ax.legend(fontsize=7, loc='upper right')
     save_figure(figure, path)
 
@@ -233,14 +235,13 @@ def plot_histograms(energies, rejected, threshold, path):
 def plot_roc(scores, rows, path):
     """roc.png: for each set the ROC curves of all scores."""
     names = list(scores)[1:]
-    figure, axes = make_panels(len(names))
+    figure, axes = make_panels(names)
     for ax, name in zip(axes, names):
         for row in (row for row in rows if row['set'] == name):
             pair = [scores[which][row['score']] for which in ('test', name)]  # (n_id,), (n_ood,)
             false_positive, true_positive, _ = roc_curve(np.repeat([0, 1], list(map(len, pair))), np.concatenate(pair))
             ax.plot(false_positive, true_positive, label=f'{row["score"]} {row["auroc"]:.3f}')
         ax.set(xlabel='false-positive rate', ylabel='true-positive rate')
-        ax.set_title(shortened(name, 32), parse_math=False)
         ax.legend(fontsize=6, loc='lower right')
     save_figure(figure, path)
 
@@ -282,7 +283,7 @@ def reliability(logits, labels, bins=15):
 
 def calibrate(models, data, args):
     """ECE of each model before and after temperature scaling, and calibration.png; returns rows of trust.csv."""
-    rows, (figure, axes) = [], make_panels(len(models))
+    rows, (figure, axes) = [], make_panels(list(models))
     for ax, (name, model) in zip(axes, models.items()):
         logits = get_logits(model, data.test.images, args.device)  # (N, K)
         fitted = fit_temperature(get_logits(model, data.val.images, args.device), data.val.labels)
@@ -291,7 +292,7 @@ def calibrate(models, data, args):
             ax.plot(confidence, accuracy, marker='o', label=f'T = {temperature:.2f}: ECE {ece:.4f}')
             rows.append({'model': name, 'measure': 'ece', 'temperature': temperature, 'value': ece, 'n': len(logits)})
         ax.plot([0, 1], [0, 1], color='grey', linestyle=':')
-        ax.set(title=name, xlabel='confidence', ylabel='accuracy')
+        ax.set(xlabel='confidence', ylabel='accuracy')
         ax.legend(fontsize=8)
     save_figure(figure, args.out / 'calibration.png')
     return rows
@@ -373,7 +374,7 @@ def attack(models, checkpoint, data, args):
     victims = {name: (model, 0) for name, model in models.items()}
     first = next(iter(models))
     victims[f'{first} after {DEFENCE_STEPS} SGLD steps'] = models[first], DEFENCE_STEPS
-    rows, (figure, axes) = [], make_panels(len(RADII))
+    rows, (figure, axes) = [], make_panels([f'PGD, {norm}' for norm in RADII])
     for name, (model, steps) in victims.items():
         defence = {**checkpoint['sampler'], 'steps': steps}
         for ax, norm in zip(axes, RADII):
@@ -388,7 +389,7 @@ def attack(models, checkpoint, data, args):
                 rows.append({'model': name, 'measure': 'accuracy', 'norm': norm, 'radius': radius, 'value': accuracy[-1],
                              'n': len(picked)})
             ax.plot([0, *RADII[norm]], accuracy, marker='o', label=name)
-            ax.set(title=f'PGD, {norm}', xlabel='radius (pixels from 0 to 1)', ylabel='accuracy', ylim=(-.03, 1.03))
+            ax.set(xlabel='radius (pixels from 0 to 1)', ylabel='accuracy', ylim=(-.03, 1.03))
             ax.legend(fontsize=7)
     save_figure(figure, args.out / 'robustness.png')
     return rows

@@ -168,7 +168,7 @@ class Run:
     def __init__(self, args, data):
         device = args.device
         torch.manual_seed(args.seed)  # the initial weights
-        self.args = args
+        self.args, self.signature = args, data.signature()
         self.generator = torch.Generator(device).manual_seed(args.seed + rank() * 10 ** 6)  # everything random afterwards
         channels, size = data.train.images.shape[1:3]
         num_classes = len(data.class_names) if args.model == 'jem' else 1
@@ -411,9 +411,9 @@ def checkpoint_facts(run, data):
     """What a checkpoint says beside its weights: all that generate.py and ood.py need to know."""
     args = vars(run.args)
     plain = {key: str(value) if isinstance(value, (Path, torch.device)) else value for key, value in args.items()}
-    plain['data_root'] = str(args['data_root'].resolve())  # so that ood.py finds it from any folder
+    plain['data_root'] = os.path.realpath(args['data_root'])  # so that ood.py finds it from any folder
     return {'args': plain, 'data': args['data'], 'class_names': data.class_names if args['model'] == 'jem' else [],
-            'class_counts': data.train.labels.bincount(minlength=len(data.class_names)).tolist(), 'signature': data.signature(),
+            'class_counts': data.train.labels.bincount(minlength=len(data.class_names)).tolist(), 'signature': run.signature,
             'image_size': data.train.images.shape[-1], 'sampler': run.sgld_settings, 'epoch': run.epoch}
 
 

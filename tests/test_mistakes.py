@@ -141,6 +141,7 @@ train --data LETTERS --out LETTERS/new/run              | --out LETTERS/new/run:
 train --data LONG                                       | LONG: File name too long; name another
 train --data GLYPHS --out LONG                          | LONG ... File name too long; name another
 train --data loop                                       | --data loop: no such folder
+generate --ckpt run/best.pt --mode denoise --start loop | loop
 train --data GLYPHS --out loop                          | loop: File exists; name another
 train --data GLYPHS --out run --overwrite --width 2000000 | not enough memory
 train --data GLYPHS --out run --resume --overwrite      | --resume and --overwrite exclude each other
