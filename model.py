@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 FORMAT = 2  # of the checkpoint; raised whenever an older file could be misread
@@ -49,7 +50,7 @@ class EnergyModel(nn.Module):
         self.settings = {'num_classes': num_classes, 'channels': channels, 'width': width}
         self.precision = precision
         self.features = nn.Sequential(                                               # for x (B, C, 56, 56):
-            nn.Conv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),           # (B, 32, 30, 30)
+            FirstConv2d(channels, width), nn.SiLU(),                                 # (B, 32, 30, 30)
             nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU(),          # (B, 64, 15, 15)
             nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 8, 8)
             nn.Conv2d(4 * width, 4 * width, 3, stride=2, padding=1), nn.SiLU(),      # (B, 128, 4, 4)
@@ -75,6 +76,24 @@ class EnergyModel(nn.Module):
     def energy(self, x, y=None):
         """E(x, y) = -f(x)[y] or E(x) = -f(x), (B,): low for what is likely."""
         return -self(x, y)
+
+
+class FirstConv2d(nn.Conv2d):
+    """nn.Conv2d(channels, width, 5, stride=2, padding=4), computed as an unstrided 3x3 convolution of 2x2 blocks of pixels.
+
+    The same sums in another order. But the gradient with respect to a single channel of pixels, which every step of SGLD
+    asks for, is where a CPU spends a third of its time on convolutions; with respect to four it takes half as long.
+    """
+
+    def __init__(self, channels, width):
+        super().__init__(channels, width, 5, stride=2, padding=4)
+
+    def forward(self, x):
+        x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # (B, C, H, W) with even H and W
+        x = F.pixel_unshuffle(x, 2)  # (B, 4C, H/2, W/2)
+        weight = F.pixel_unshuffle(F.pad(self.weight, (0, 1, 0, 1)), 2)  # (O, C, 5, 5) -> (O, C, 6, 6) -> (O, 4C, 3, 3)
+        x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
+        return F.conv2d(x, weight, self.bias, padding=2)  # (B, O, H/2 + 2, W/2 + 2)
 
 
 # --- device, precision, command line ----------------------------------------------------------------------------------
@@ -211,6 +230,8 @@ def choose_device(text):
         text = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if text == 'cuda' and 'LOCAL_RANK' in os.environ:  # torchrun: each process on this machine has a GPU of its own
         text = f'cuda:{os.environ["LOCAL_RANK"]}'
+    if ':' in text:
+        torch.cuda.set_device(text)  # streams, graphs and messages between processes go by the current device
     return torch.device(text)
 
 

@@ -62,6 +62,45 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
     return x
 
 
+class Recorded:
+    """A function of tensors as a CUDA graph: the first call records its kernels, every later one starts them all at once.
+
+    For a small network a GPU finishes each kernel sooner than Python can ask for the next one; this takes Python out of the
+    K steps of a chain. The function must do the same in every call and read nothing back from the GPU. Weights are read
+    where they lie, so they may be updated in place, and random numbers go on in the stream of `generator` as they would
+    without the graph.
+
+    Args:
+        function: callable of tensors, returns a tensor.
+        generator: torch.Generator of the GPU, the only source of random numbers in it.
+    """
+
+    def __init__(self, function, generator):
+        self.function, self.generator, self.graph = function, generator, None
+
+    def __call__(self, *inputs):
+        if self.graph is None:
+            self.graph = self.record(inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.result.clone()  # the next call writes over it
+
+    def record(self, inputs):
+        self.inputs = [given.clone() for given in inputs]  # where the graph finds them
+        state, main, side = self.generator.get_state(), torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            self.function(*self.inputs)  # what libraries set up in their first call is not to be recorded
+        main.wait_stream(side)
+        self.generator.set_state(state)
+        graph = torch.cuda.CUDAGraph()
+        graph.register_generator_state(self.generator)
+        with torch.cuda.graph(graph):
+            self.result = self.function(*self.inputs)
+        return graph
+
+
 def annealed(steps, first=.5):
     """Noise for each of `steps` steps, from `first` evenly down to 0: annealed Langevin dynamics (Song and Ermon 2019). A chain
     that begins hot chooses among the modes at random, where a cold one falls into the nearest, and it ends on clean paper."""

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from data import NAMES, DataError, atomic_write, check_apart, load_data, same_data, save_figure, save_grid, write_csv
 from model import (CheckpointError, CommandLine, EnergyModel, StopSignal, anywhere, average, fail, folder, gather, join_ranks,
                    leave_ranks, mistakes_told, rank, ranks, read_checkpoint, real, save_checkpoint, whole)
-from sampler import Reservoir, annealed, prior, sgld
+from sampler import Recorded, Reservoir, annealed, prior, sgld
 
 try:
     import fcntl
@@ -109,12 +109,7 @@ def update(run, x_real, y):
     What is added to it is `matching_step`, which keeps the energy one that chains can follow.
     """
     args = run.args
-    label = y if args.conditional else None  # y as frequent as in the data, then x' ~ p(x|y): x' ~ p(x), if p(y) is right
-
-    def energy(x):
-        return run.model.energy(x, label)  # (B, C, H, W) -> (B,)
-
-    x_synth = draw_samples(run, energy, x_real, label) if args.px_weight else x_real[:0]  # a plain classifier has none
+    x_synth = draw_samples(run, x_real, y) if args.px_weight else x_real[:0]  # a plain classifier has none
 
     images = torch.cat([x_real, x_synth])  # (2B, C, H, W), one pass through the network for both
     noise = torch.randn(images.shape, generator=run.generator, device=images.device)
@@ -129,7 +124,7 @@ def update(run, x_real, y):
     loss_matching = torch.zeros_like(loss_pyx)
     if args.px_weight and args.matching:
         away = ways_to_noise(x_real, args.prior, run.generator)  # (B, C, H, W)
-        loss_matching = args.matching * matching_step(energy, x_real, away, args.slope)
+        loss_matching = args.matching * matching_step(lambda x: run.energy(x, y), x_real, away, args.slope)
 
     loss = args.px_weight * (gap + loss_reg + loss_matching) + args.pyx_weight * loss_pyx
 
@@ -149,13 +144,13 @@ def update(run, x_real, y):
     return torch.cat([numbers, grad_norm[None]])
 
 
-def draw_samples(run, energy, x_real, label):
-    """Chains x' (B, C, H, W), moved by K steps of SGLD along E(x), or E(x, y) for labels (B,) (course task 3.3)."""
+def draw_samples(run, x_real, y):
+    """Chains x' (B, C, H, W), moved by K steps of SGLD (course task 3.3)."""
     if run.args.init == 'data':  # contrastive divergence (Hinton 2002): chains start in the data and are forgotten
-        return sgld(energy, x_real, run.args.sgld_steps, generator=run.generator, **run.sgld_settings)
-    ring = torch.zeros(len(x_real), dtype=torch.long, device=x_real.device) if label is None else label  # (B,)
+        return run.move(x_real, y)
+    ring = y if run.args.conditional else torch.zeros_like(y)  # (B,)
     x, slot = run.reservoir.draw(ring, run.generator)
-    x = sgld(energy, x, run.args.sgld_steps, generator=run.generator, **run.sgld_settings)
+    x = run.move(x, y)
     run.reservoir.store(slot, x)
     return x
 
@@ -175,7 +170,7 @@ class Run:
         self.model = EnergyModel(num_classes, channels, args.width, args.precision).to(device)
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
         # No momentum: what it remembers was said of chains that have moved on since.
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, betas=(0., .999))
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, betas=(0., .999), fused=True)
         step_size = args.step_size  # by default one that moves pixels by .1, root mean square, at the slope of the valleys
         step_size = .1 * channels * size * size / args.slope if step_size is None else step_size
         self.sgld_settings = {'step_size': step_size, 'noise': args.noise, 'grad_clip': args.grad_clip}
@@ -188,11 +183,30 @@ class Run:
             lengths = [max(args.reservoir, args.batch_size) // ranks()]
         reinit = {'reservoir': args.reinit, 'noise': 1.}.get(args.init, 0.)
         self.reservoir = Reservoir(lengths, (channels, size, size), reinit, args.prior, self.generator, device)
+        self.recorded = Recorded(self.walk, self.generator) if device.type == 'cuda' and args.graph else None
         self.epoch, self.position = 0, 0  # finished epochs, and updates done in the current one
         self.sums = torch.zeros(len(AVERAGES), device=device)  # of what `update` returned in the current epoch
         self.checked = self.sums.clone()  # the same when the guard last looked
         self.norms, self.trips, self.events = [], 0, []  # the guard's: lengths of gradients, how often it tripped and why
         self.seconds, self.best, self.rows = 0., -math.inf, []
+
+    def energy(self, x, y):
+        """E(x), or E(x, y) for --conditional: with y as frequent as in the data, x' ~ p(x|y) is x' ~ p(x), if p(y) is right."""
+        return self.model.energy(x, y if self.args.conditional else None)  # (B, C, H, W), (B,) -> (B,)
+
+    def walk(self, x, y):
+        """K steps of SGLD from x (B, C, H, W), for labels y (B,)."""
+        return sgld(lambda x: self.energy(x, y), x, self.args.sgld_steps, generator=self.generator, **self.sgld_settings)
+
+    def move(self, x, y):
+        """The same, by a CUDA graph where one can be had."""
+        if self.recorded:
+            try:
+                return self.recorded(x, y)
+            except RuntimeError as error:
+                say(f'--graph: {" ".join(str(error).split())}; going on without the CUDA graph, as --no-graph does')
+                self.recorded = None
+        return self.walk(x, y)
 
     PARTS = ['model', 'ema', 'optimizer']
     VALUES = ['epoch', 'position', 'sums', 'checked', 'norms', 'trips', 'events', 'seconds', 'best',
@@ -492,6 +506,8 @@ def build_parser():
                        'up to .1, root mean square')
     group.add_argument('--noise', type=real(0), default=.02, help='standard deviation of the noise of a step')
     group.add_argument('--grad-clip', type=real(0), help='clamps each element of dE/dx, e.g. at .03')
+    group.add_argument('--graph', action=argparse.BooleanOptionalAction, default=True,
+                       help='on a GPU, all steps of the chains as one CUDA graph; --no-graph is slower, for debugging')
     parser.add_shared_arguments()
     return parser
 
@@ -514,7 +530,7 @@ def parse_args(argv=None):
     return args
 
 
-FREE = ['epochs', 'data', 'data_root', 'out', 'resume', 'overwrite', 'picture_every', 'device']  # may change on --resume
+FREE = ['epochs', 'data', 'data_root', 'out', 'resume', 'overwrite', 'picture_every', 'graph', 'device']  # on --resume
 
 
 def resumed_args(parser, argv, out):

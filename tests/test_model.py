@@ -4,8 +4,9 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model import CheckpointError, EnergyModel, load_model, read_checkpoint, save_checkpoint
+from model import CheckpointError, EnergyModel, FirstConv2d, load_model, read_checkpoint, save_checkpoint
 
 
 @pytest.fixture
@@ -48,6 +49,18 @@ def test_any_size_and_channels(size, channels):
     model = EnergyModel(3, channels, width=4)
     assert model.get_logits(torch.rand(2, channels, size, size)).shape == (2, 3)
     assert model.energy(torch.rand(2, channels, size, size)).shape == (2,)
+
+
+@pytest.mark.parametrize('size', [16, 17, 28, 56, 75])
+@pytest.mark.parametrize('channels', [1, 3])
+def test_first_layer_is_a_convolution(size, channels):
+    """Its values, and the gradients of x and the weights, are those of a 5x5 convolution with stride 2 and padding 4."""
+    layer, x = FirstConv2d(channels, 4).double(), torch.randn(2, channels, size, size + 1, dtype=torch.double, requires_grad=True)
+    results = []
+    for h in (layer(x), F.conv2d(x, layer.weight, layer.bias, stride=2, padding=4)):
+        results.append([h, *torch.autograd.grad(h.sin().sum(), [x, layer.weight, layer.bias])])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_course_net_costs_what_the_course_says():
