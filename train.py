@@ -12,6 +12,7 @@ images against half-and-half mixtures of them and uniform noise); an EBM goes by
 """
 import argparse
 import contextlib
+import copy
 import math
 import os
 import sys
@@ -24,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from sklearn.metrics import average_precision_score, roc_auc_score
 from torch.nn.utils import clip_grad_norm_
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import NAMES, DataError, atomic_write, check_apart, load_data, same_data, save_figure, save_grid, write_csv
@@ -140,7 +140,7 @@ def update(run, x_real, y):
     average([numbers, *(weight.grad for weight in run.model.parameters())])
     grad_norm = clip_grad_norm_(run.model.parameters(), args.clip_norm)
     run.optimizer.step()
-    run.ema.update_parameters(run.model)
+    run.average_weights()
     return torch.cat([numbers, grad_norm[None]])
 
 
@@ -168,7 +168,7 @@ class Run:
         channels, size = data.train.images.shape[1:3]
         num_classes = len(data.class_names) if args.model == 'jem' else 1
         self.model = EnergyModel(num_classes, channels, args.width, args.precision).to(device)
-        self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(args.ema))
+        self.ema = copy.deepcopy(self.model)  # the averaged weights, which are validated and saved
         # No momentum: what it remembers was said of chains that have moved on since.
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=args.lr, betas=(0., .999), fused=True)
         step_size = args.step_size  # by default one that moves pixels by .1, root mean square, at the slope of the valleys
@@ -207,6 +207,12 @@ class Run:
                 say(f'--graph: {" ".join(str(error).split())}; going on without the CUDA graph, as --no-graph does')
                 self.recorded = None
         return self.walk(x, y)
+
+    @torch.no_grad()
+    def average_weights(self):
+        """ema <- d ema + (1 - d) weights. (torch's AveragedModel makes the CPU wait for a GPU in every call.)"""
+        for averaged, weight in zip(self.ema.parameters(), self.model.parameters()):
+            averaged.lerp_(weight, 1 - self.args.ema)
 
     PARTS = ['model', 'ema', 'optimizer']
     VALUES = ['epoch', 'position', 'sums', 'checked', 'norms', 'trips', 'events', 'seconds', 'best',
@@ -338,7 +344,7 @@ def validate(run, split):
     """Accuracy and macro AUPRC of p(y|x) on the whole split, and the AUROC of its energies against what no data set needs
     to give: as many half-and-half mixtures of two of its images, and as many images of uniform noise. None if these are not
     finite."""
-    model, logits, made_up = run.ema.module, [], []
+    model, logits, made_up = run.ema, [], []
     generator = torch.Generator(split.labels.device).manual_seed(run.args.seed)  # the same noise in every epoch
     index = torch.arange(len(split), device=split.labels.device)
     for part, partner in zip(index.split(500), index.roll(max(1, len(index) // 3)).split(500)):
@@ -385,7 +391,7 @@ def finish_epoch(run, data, val_split):
     if best:
         run.best = score
         with atomic_write(args.out / 'best.pt') as file:
-            save_checkpoint(file, run.ema.module, **checkpoint_facts(run, data))
+            save_checkpoint(file, run.ema, **checkpoint_facts(run, data))
     say(f'epoch {run.epoch}: gap {row["loss_px"]:+.2f}  val accuracy {row["val_accuracy"]:.4f}  '
         f'AUPRC {row["val_auprc"]:.4f}  AUROC {row["val_auroc"]:.4f}{"  best so far" if best else ""}')
     return ''
@@ -393,7 +399,7 @@ def finish_epoch(run, data, val_split):
 
 def draw_grid(run, data):
     """samples/epoch_NNN.png: eight chains from N(0, 0.01) for each of up to twelve classes, after 256 steps of E(x, y)."""
-    args, model = run.args, run.ema.module
+    args, model = run.args, run.ema
     settings = {**run.sgld_settings, **({'noise': annealed(256)} if args.matching else {})}  # what is shaped bears the heat
     labels = torch.arange(min(model.settings['num_classes'], 12), device=args.device)
     y = labels.repeat_interleave(8)  # (R,) -> (8R,)
@@ -442,7 +448,7 @@ def save_run(run, data):
     state = run.state_dict()
     if rank() == 0:
         with atomic_write(run.args.out / 'last.pt') as file:
-            save_checkpoint(file, run.ema.module, **checkpoint_facts(run, data), run=state)
+            save_checkpoint(file, run.ema, **checkpoint_facts(run, data), run=state)
 
 
 def resume(run, data):

@@ -92,7 +92,9 @@ def test_recorded_chain_is_the_plain_one(paper, flags):
     run.recorded = Recorded(run.walk, run.generator)
     for recorded, expected in zip(update_three_times(run, split), plain):
         assert torch.equal(recorded, expected)
-    assert run.recorded.graph.calls
+    first = run.recorded(*split.batch(torch.arange(16)))
+    kept = first.clone()
+    assert not torch.equal(run.recorded(*split.batch(torch.arange(16))), kept) and torch.equal(first, kept)
 
 
 def test_run_goes_on_where_nothing_can_be_recorded(paper, monkeypatch, capsys):
@@ -107,16 +109,28 @@ def test_run_goes_on_where_nothing_can_be_recorded(paper, monkeypatch, capsys):
     assert capsys.readouterr().out.count('--no-graph') == 1
 
 
+class NothingIsBrought(TorchDispatchMode):
+    """Fails where a tensor on the CPU is made into one on the device: a copy for which the CPU waits."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        given, made = ([x for x in tree_leaves(tree) if torch.is_tensor(x)] for tree in ([args, kwargs], result))
+        assert not (any(x.is_cpu for x in given) and any(x.is_meta for x in made)), function
+        return result
+
+
 @pytest.mark.parametrize('flags', [[], ['--no-conditional', '--init', 'data']])
-def test_updates_read_nothing_back(monkeypatch, flags):
-    """An update works on the device `meta`, whose tensors have no values: nothing in it waits for a number or mixes devices."""
+def test_updates_do_not_wait(monkeypatch, flags):
+    """An update works on the device `meta`, whose tensors have no values: it reads no number back, and brings none along."""
     generator, adam, exponential = torch.Generator, torch.optim.Adam, torch.Tensor.exponential_
     monkeypatch.setattr(torch, 'Generator', lambda device: generator())  # what `meta` does not know
     monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, 'Adam', lambda *args, fused, **settings: adam(*args, **settings))
     monkeypatch.setattr(torch.Tensor, 'exponential_', lambda x, generator: exponential(x))
     monkeypatch.setattr('model.choose_device', lambda text: torch.device('meta'))
-    numbers, chains = update_three_times(*start_run(*flags, '--no-graph'))
+    run, split = start_run(*flags, '--no-graph')
+    with NothingIsBrought():
+        numbers, chains = update_three_times(run, split)
     assert numbers.is_meta and chains.is_meta
 
 
