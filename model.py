@@ -113,7 +113,6 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
-        args.device = choose_device(args.device)
         args.precision = choose_precision(args.precision, args.device)
         return args
 
@@ -215,24 +214,21 @@ def folder(text):
 
 
 def device(text):
-    """argparse type: 'auto', 'cpu', 'cuda[:n]' or 'mps', and it must be there."""
-    match = re.fullmatch(r'auto|cpu|mps|cuda(?::(\d+))?', text)
-    if not match:
+    """argparse type: the torch.device of 'auto' (the fastest there is), 'cpu', 'cuda[:n]' or 'mps', if this machine has it."""
+    if not re.fullmatch(r'auto|cpu|mps|cuda(:\d\d?)?', text):
         raise argparse.ArgumentTypeError(f'{text!r} is none of auto, cpu, cuda, cuda:0, mps')
-    there = {'cuda': int(match[1] or 0) < torch.cuda.device_count(), 'mps': torch.backends.mps.is_available()}
-    if not there.get(text.split(':')[0], True):
-        raise argparse.ArgumentTypeError(f'{text!r} is not on this machine; use --device auto')
-    return text
-
-
-def choose_device(text):
     if text == 'auto':
         text = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    way_out = 'use --device auto'
     if text == 'cuda' and 'LOCAL_RANK' in os.environ:  # torchrun: each process on this machine has a GPU of its own
-        text = f'cuda:{os.environ["LOCAL_RANK"]}'
-    if ':' in text:
-        torch.cuda.set_device(text)  # streams, graphs and messages between processes go by the current device
-    return torch.device(text)
+        text, way_out = f'cuda:{os.environ["LOCAL_RANK"]}', 'start no more processes than it has GPUs'
+    chosen = torch.device(text)
+    there = {'cpu': True, 'mps': torch.backends.mps.is_available(), 'cuda': (chosen.index or 0) < torch.cuda.device_count()}
+    if not there[chosen.type]:
+        raise argparse.ArgumentTypeError(f'{text!r} is not on this machine; {way_out}')
+    if chosen.index is not None:
+        torch.cuda.set_device(chosen)  # streams, graphs and messages between processes go by the current device
+    return chosen
 
 
 def choose_precision(text, device):
@@ -248,10 +244,11 @@ def choose_precision(text, device):
 # Each has a share of every batch and chains of its own. Gradients are averaged, so the weights are the same everywhere. A
 # process that is alone is rank 0 of 1.
 
-def join_ranks():
-    """Get in touch with the other processes that torchrun started, if it did: through NCCL for GPUs, gloo for CPUs."""
+def join_ranks(device):
+    """Get in touch with the other processes that torchrun started, if it did: through NCCL between GPUs, gloo between CPUs,
+    which is what `gather` and `anywhere` use in any case."""
     if 'LOCAL_RANK' in os.environ:
-        dist.init_process_group()
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.type == 'cuda' else 'gloo')
 
 
 def leave_ranks():

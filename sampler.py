@@ -2,6 +2,9 @@
 
 Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,).
 """
+import gc
+import warnings
+
 import torch
 import torch.nn.functional as F
 
@@ -95,7 +98,11 @@ class Recorded:
         main.wait_stream(side)
         self.generator.set_state(state)
         graph = torch.cuda.CUDAGraph()
-        graph.register_generator_state(self.generator)
+        if hasattr(graph, 'register_generator_state'):  # torch before 2.14 has to be told
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore')  # later ones say that they have not
+                graph.register_generator_state(self.generator)
+        gc.collect()  # another graph that is thrown away in the middle of a recording would spoil it
         with torch.cuda.graph(graph):
             self.result = self.function(*self.inputs)
         return graph

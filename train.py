@@ -158,7 +158,7 @@ def draw_samples(run, x_real, y):
 # --- a run and its state ------------------------------------------------------------------------------------------------
 
 class Run:
-    """Everything a run changes as it goes: saved in last.pt, so that a resumed run is the unbroken one, bit by bit."""
+    """Everything a run changes as it goes: saved in last.pt, so that a resumed run is the unbroken one, on a CPU bit by bit."""
 
     def __init__(self, args, data):
         device = args.device
@@ -199,14 +199,15 @@ class Run:
         return sgld(lambda x: self.energy(x, y), x, self.args.sgld_steps, generator=self.generator, **self.sgld_settings)
 
     def move(self, x, y):
-        """The same, by a CUDA graph where one can be had."""
-        if self.recorded:
-            try:
-                return self.recorded(x, y)
-            except RuntimeError as error:
-                say(f'--graph: {" ".join(str(error).split())}; going on without the CUDA graph, as --no-graph does')
-                self.recorded = None
-        return self.walk(x, y)
+        """The same, on a GPU as a CUDA graph."""
+        try:
+            return self.recorded(x, y) if self.recorded else self.walk(x, y)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            if not self.recorded:
+                raise
+            fail(f'--graph: {str(error.__context__ or error).splitlines()[0]}; leave the CUDA graph out with --no-graph')
 
     @torch.no_grad()
     def average_weights(self):
@@ -605,7 +606,7 @@ def alone_in(out):
 def main(argv=None):
     with mistakes_told(DataError, FloatingPointError):
         args = parse_args(argv)
-        join_ranks()
+        join_ranks(args.device)
         check_out(args)
         for turn in range(ranks()):  # one after the other: the first may have to download or to print the letters
             if turn == rank():

@@ -34,7 +34,7 @@ sys.path.insert(0, str(ROOT))
 
 import train  # noqa: E402
 from data import Data, Split  # noqa: E402
-from model import EnergyModel, choose_device, choose_precision  # noqa: E402
+from model import EnergyModel, choose_precision, device  # noqa: E402
 from sampler import prior, sgld  # noqa: E402
 
 STEP_SIZE, NOISE, CLIP, FRESH = 10., .005, .03, .05  # as in the tutorials
@@ -307,24 +307,23 @@ def main():
     parser.add_argument('--pairs', type=int, default=7)
     parser.add_argument('--steps', type=int, default=60)
     parser.add_argument('--threads', type=int)
-    parser.add_argument('--device', default='auto')
+    parser.add_argument('--device', type=device, default='auto')
     parser.add_argument('--growth', type=Path, metavar='PNG')
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = choose_device(args.device)
-    print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {device}, '
+    print(f'{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, {args.device}, '
           f'torch {torch.__version__}, K {args.steps}, {args.pairs} pairs')
     if args.growth:
-        return growth(args.growth, device)
+        return growth(args.growth, args.device)
     print('                        image-steps/s                        ratio of             ratio of         ours    MB held by'
           '  energy: start, tutorial,\nsize batch           tutorial               ours  sampling           updates        1/s'
           '   both, above ours, standard error')
-    for precision in dict.fromkeys((choose_precision('auto', device), 'fp32')):
-        limit = matrix_speed(precision, device)
+    for precision in dict.fromkeys((choose_precision('auto', args.device), 'fp32')):
+        limit = matrix_speed(precision, args.device)
         for size, batch in ((56, 32), (56, 128), (28, 32), (28, 128)):
-            speeds = compare(size, batch, args.steps, precision, args.pairs, device)
-            floor(size, batch, precision, device, *speeds, limit)
+            speeds = compare(size, batch, args.steps, precision, args.pairs, args.device)
+            floor(size, batch, precision, args.device, *speeds, limit)
     start_up()
 
 

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -12,6 +13,7 @@ import ood
 import train
 from conftest import QUICK, bars
 from data import Data, Split
+from model import join_ranks
 from sampler import Recorded
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
@@ -97,16 +99,26 @@ def test_recorded_chain_is_the_plain_one(paper, flags):
     assert not torch.equal(run.recorded(*split.batch(torch.arange(16))), kept) and torch.equal(first, kept)
 
 
-def test_run_goes_on_where_nothing_can_be_recorded(paper, monkeypatch, capsys):
-    """A graph that fails is told, and the run gives the bits of one without."""
+def test_a_chain_that_cannot_be_recorded_is_told(paper, monkeypatch, refused):
+    """The message names the way out; being out of memory is another mistake."""
     def fail(graph):
-        raise RuntimeError('operation not permitted when stream is capturing')
+        raise RuntimeError('operation not permitted when stream is capturing\nCUDA kernel errors might be ...')
     monkeypatch.setattr(torch.cuda, 'graph', fail)
-    plain = update_three_times(*start_run())
     run, split = start_run()
     run.recorded = Recorded(run.walk, run.generator)
-    assert torch.equal(update_three_times(run, split)[0], plain[0])
-    assert capsys.readouterr().out.count('--no-graph') == 1
+    message = refused(lambda argv: update_three_times(run, split))
+    assert 'when stream is capturing; leave the CUDA graph out with --no-graph' in message
+
+
+def test_processes_talk_through_gloo_beside_nccl(monkeypatch):
+    """Numbers of the CPU travel between processes of any kind, those of a GPU through NCCL."""
+    said = []
+    monkeypatch.setenv('LOCAL_RANK', '0')
+    monkeypatch.setattr(dist, 'init_process_group', said.append)
+    for device in ('cuda', 'cpu'):
+        join_ranks(torch.device(device))
+    gpu, cpu = (dist.distributed_c10d.BackendConfig(backend).get_device_backend_map() for backend in said)
+    assert (gpu['cpu'], gpu['cuda'], cpu['cpu']) == ('gloo', 'nccl', 'gloo')
 
 
 class NothingIsBrought(TorchDispatchMode):
@@ -127,7 +139,7 @@ def test_updates_do_not_wait(monkeypatch, flags):
     monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
     monkeypatch.setattr(torch.optim, 'Adam', lambda *args, fused, **settings: adam(*args, **settings))
     monkeypatch.setattr(torch.Tensor, 'exponential_', lambda x, generator: exponential(x))
-    monkeypatch.setattr('model.choose_device', lambda text: torch.device('meta'))
+    monkeypatch.setattr('model.device', lambda text: torch.device('meta'))
     run, split = start_run(*flags, '--no-graph')
     with NothingIsBrought():
         numbers, chains = update_three_times(run, split)
@@ -139,11 +151,11 @@ def test_updates_do_not_wait(monkeypatch, flags):
 def test_graph_is_the_plain_chain_on_a_gpu(precision):
     """The same numbers with and without the graph, as far as a GPU adds up in the same order; so the same law."""
     flags = ['--device', 'cuda', '--precision', precision]
-    run, split = start_run(*flags)
-    recorded, plain = update_three_times(run, split), update_three_times(*start_run(*flags, '--no-graph'))
-    assert run.recorded is not None, 'the chain was not recorded'
-    for ours, expected in zip(recorded, plain):
-        torch.testing.assert_close(ours, expected, rtol=.02, atol=.02)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+        recorded, plain = update_three_times(*start_run(*flags)), update_three_times(*start_run(*flags, '--no-graph'))
+    smooth = [i for i, name in enumerate(train.AVERAGES) if name != 'train_accuracy']  # which jumps by 1/16
+    torch.testing.assert_close(recorded[0][:, smooth], plain[0][:, smooth], rtol=.02, atol=.02)
+    torch.testing.assert_close(recorded[1], plain[1], rtol=.02, atol=.02)
 
 
 @on_gpu

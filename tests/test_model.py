@@ -55,7 +55,8 @@ def test_any_size_and_channels(size, channels):
 @pytest.mark.parametrize('channels', [1, 3])
 def test_first_layer_is_a_convolution(size, channels):
     """Its values, and the gradients of x and the weights, are those of a 5x5 convolution with stride 2 and padding 4."""
-    layer, x = FirstConv2d(channels, 4).double(), torch.randn(2, channels, size, size + 1, dtype=torch.double, requires_grad=True)
+    layer = FirstConv2d(channels, 4).double()
+    x = torch.randn(2, channels, size, size + 1, dtype=torch.double, requires_grad=True)
     results = []
     for h in (layer(x), F.conv2d(x, layer.weight, layer.bias, stride=2, padding=4)):
         results.append([h, *torch.autograd.grad(h.sin().sum(), [x, layer.weight, layer.bias])])
