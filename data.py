@@ -1,8 +1,9 @@
 """Data: what an image is here, every data set by its name or path, the out-of-distribution (OOD) sets (course task 3.1).
 
 An image is float32, (C, H, W), in [-1, 1], inside the network; on disk and in memory it is uint8, 0 to 255, and a batch at
-a time is mapped by `to_float` (and back by `to_uint8`). Every set, in-distribution or not, goes through the one function
-`prepare`, so that no set can be told from another by how it was handled (`load_ood` says more).
+a time is mapped by `to_float` (and back by `to_uint8`). Every set that is read, in-distribution or not, goes through the one
+function `prepare`, so that no set can be told from another by how it was handled; sets made from the test images take over
+their range of values (`load_ood`).
 
     letterpress                      42 letters, drawn with matplotlib's typefaces and printed badly on purpose (built in)
     digits                           scikit-learn's scanned digits, 1,797 images of 8x8 (built in)
@@ -215,7 +216,8 @@ def load_scans(image_size):
 def load_glyphs(folder, image_size):
     """The course folder: train.npy, val.npy, test.npy with images (N, H, W) and then labels (N,) in the same file.
 
-    Class names come from `classes.txt` in the folder or NAME_classes.txt beside it, one a line; else they are numbers.
+    Class names come from `classes.txt` in the folder or, for a folder GLYPHS, `glyphs_classes.txt` beside it, one a line;
+    else they are numbers.
     """
     arrays = {stem: read_arrays(folder / f'{stem}.npy', labelled=True) for stem in ('train', 'val', 'test')}
     known = arrays['train'][1].unique()

@@ -232,7 +232,7 @@ def device(text):
 
 
 def choose_precision(text, device):
-    """bf16 pays where there is hardware for it: NVIDIA from Ampere on, processors with AVX512-BF16 or AMX."""
+    """bf16 pays where there is hardware for it: NVIDIA from Ampere on, processors with AVX512-BF16."""
     if text != 'auto':
         return text
     if device.type == 'cuda':

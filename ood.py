@@ -86,7 +86,8 @@ def detection(score_id, score_ood, seed=0, resamples=1000):
     """How well a score tells OOD (label 1) from in-distribution (label 0) inputs: numpy (n_ood,) and (n_id,).
 
     Returns:
-        AUROC (ties count half) with its 95 % bootstrap interval (both sets resampled with replacement), the area under
+        AUROC (ties count half) with its 95 % bootstrap interval (both sets resampled with replacement, independently: too
+        wide for `blurred` and others made from the test images, whose scores go together), the area under
         the precision-recall curve with OOD as the positive class, and FPR95, the share of in-distribution inputs above
         the threshold that finds 95 % of the OOD inputs (some papers count the other way round: the share of OOD inputs
         below the threshold that keeps 95 % of the in-distribution ones, here 1 - `rejected`). All nan if a set is empty.
@@ -271,7 +272,7 @@ def reliability(logits, labels, bins=15):
 
     Returns:
         the expected calibration error ECE = sum_b n_b / N |accuracy_b - confidence_b| over bins of equal width (Guo et
-        al. 2017, equation 5), and the mean confidence and the accuracy of each bin that is not empty.
+        al. 2017), and the mean confidence and the accuracy of each bin that is not empty.
     """
     confidence, answer = logits.softmax(1).max(1)  # (N, K) -> (N,) both
     at = (confidence * bins).long().clamp_max(bins - 1)  # (N,)

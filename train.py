@@ -103,17 +103,18 @@ def ways_to_noise(x_real, kind, generator):
 # --- one update: the algorithm box --------------------------------------------------------------------------------------
 
 def update(run, x_real, y):
-    """One step of maximum likelihood on log p(x, y) = log p(x) + log p(y|x); returns what the log averages.
+    """One step up log p(x, y) = log p(x) + log p(y|x), each with its weight; returns what the log averages.
 
     Algorithm 1 of JEM (Grathwohl et al. 2020): draw chains, move them by SGLD, contrast data with them, classify the data.
-    What is added to it is `matching_step`, which keeps the energy one that chains can follow.
+    What is added to it are the L2 term on the energies and `matching_step`, which keeps them such that chains can follow.
+    With --pyx-weight 1, --alpha 0, --matching 0 and chains that sample exactly it would be maximum likelihood.
     """
     args = run.args
     x_synth = draw_samples(run, x_real, y) if args.px_weight else x_real[:0]  # a plain classifier has none
 
     images = torch.cat([x_real, x_synth])  # (2B, C, H, W), one pass through the network for both
     noise = torch.randn(images.shape, generator=run.generator, device=images.device)
-    images = (images + args.data_noise * noise).clamp(-1, 1)  # the same noise: no telling apart by that
+    images = (images + args.data_noise * noise).clamp(-1, 1)  # equally noisy: no telling apart by that
     logits = run.model.get_logits(images)  # (2B, K)
     logits_real, logits_synth = logits[:len(y)], logits[-len(y):]  # (B, K) both
     e_real, e_synth, squares = px_step(logits_real, logits_synth)
@@ -312,7 +313,7 @@ def check(run, bar):
     if run.position % CHECK_EVERY == 0:
         run.checked, run.norms = run.sums.clone(), [*run.norms[-99:], now['grad_norm']]
     signs = {'a number is not finite': not all(map(math.isfinite, now.values())),
-             'the energy gap nears its bound 1/alpha': abs(now['loss_px']) * run.args.alpha > .5,
+             'the energy gap is beyond half of 1/alpha': abs(now['loss_px']) * run.args.alpha > .5,
              'chains stick to the limits of the pixel values': now['saturated'] > .5,
              'the energy is the same for all images': run.args.px_weight and now['energy_std'] < FLAT,
              'the gradient is 20 times as long as usual': now['grad_norm'] > 20 * usual}
@@ -504,10 +505,12 @@ def build_parser():
     group.add_argument('--conditional', action=argparse.BooleanOptionalAction,
                        help='chains follow E(x, y) for the labels of the batch instead of E(x); a JEM does by default')
     group.add_argument('--init', choices=['reservoir', 'persistent', 'noise', 'data'], default='reservoir',
-                       help='where chains start: stored chains, always the same chains, noise (short-run), data (CD)')
+                       help='where chains start: stored chains; a batch of them a class that never start afresh (with '
+                       '--no-conditional: PCD); noise (short-run); data (CD)')
     group.add_argument('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='of fresh chains')
-    group.add_argument('--reservoir', type=whole(1), default=2048, help='stored chains, dealt out to the classes')
-    group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of the drawn chains that start afresh')
+    group.add_argument('--reservoir', type=whole(1), default=2048, help='chains that --init reservoir stores: at least 16 a '
+                       'class, the rest where classes are frequent')
+    group.add_argument('--reinit', type=real(0, 1), default=.05, help='share of them that start afresh when they are drawn')
     group.add_argument('--sgld-steps', type=whole(1), default=20, help='K, steps an update')
     group.add_argument('--step-size', type=real(1e-9), help='default: .1 * pixels / slope, which moves them by '
                        'up to .1, root mean square')
@@ -541,7 +544,7 @@ FREE = ['epochs', 'data', 'data_root', 'out', 'resume', 'overwrite', 'picture_ev
 
 
 def resumed_args(parser, argv, out):
-    """The arguments of the run in `out`, but for those in FREE; naming another value of one of them is a mistake."""
+    """The arguments of the run in `out`; naming another value is a mistake, but for those in FREE."""
     if not (out / 'last.pt').exists():
         parser.error(f'--resume: no last.pt in {out}; start without --resume, or name the folder with --out')
     try:
