@@ -46,7 +46,8 @@ def start(main, argv, log, prepare=lambda: None):
     """A process that calls main(argv) and writes what it says to `log`: a fork, so that torch need not be imported again."""
     def body():
         torch.set_num_threads(1)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever this was started from
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, wherever this was started from:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # `nohup` has it ignored, a background job Ctrl-C
         with open(log, 'w') as sys.stdout, contextlib.redirect_stderr(sys.stdout):
             prepare()
             main([str(word) for word in argv])
