@@ -201,14 +201,15 @@ class Run:
 
     def move(self, x, y):
         """The same, on a GPU as a CUDA graph."""
+        if not self.recorded:
+            return self.walk(x, y)
         try:
-            return self.recorded(x, y) if self.recorded else self.walk(x, y)
+            return self.recorded(x, y)
         except torch.OutOfMemoryError:
-            raise
+            raise  # another mistake
         except RuntimeError as error:
-            if not self.recorded:
-                raise
-            fail(f'--graph: {str(error.__context__ or error).splitlines()[0]}; leave the CUDA graph out with --no-graph')
+            reason = str(error.__context__ or error).split('\n')[0]
+            fail(f'--graph: {reason}; leave the CUDA graph out with --no-graph')
 
     @torch.no_grad()
     def average_weights(self):
