@@ -14,7 +14,6 @@ their range of values (`load_ood`).
 """
 import contextlib
 import csv
-import hashlib
 import io
 import math
 import os
@@ -25,6 +24,7 @@ import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -32,9 +32,6 @@ from torchvision import datasets
 from torchvision.transforms.v2 import functional as TF
 from torchvision.utils import make_grid
 from tqdm import tqdm
-
-matplotlib.use('Agg')  # files, never windows: the scripts run on machines without a screen
-import matplotlib.pyplot as plt  # noqa: E402
 
 
 class DataError(ValueError):
@@ -68,19 +65,20 @@ class Data:
     class_names: list
     ood: dict = field(default_factory=dict)
 
-    def signature(self):
-        """What tells these data from others: the shape of an image, which labels in which order, and how bright each split is, 0
-        to 255. Single pixels do not count: other versions of the libraries may round them otherwise."""
-        splits = self.train, self.val, self.test
-        labels = hashlib.sha256(b' '.join(split.labels.numpy().tobytes() for split in splits)).hexdigest()
-        return {'shape': list(self.test.images.shape[1:]), 'labels': labels,
-                'brightness': [float(split.images.numpy().mean()) for split in splits]}
+    def describe(self):
+        """What a checkpoint remembers of its data, as plain values."""
+        counts = {name: getattr(self, name).labels.bincount(minlength=len(self.class_names)).tolist()
+                  for name in ('train', 'val', 'test')}
+        return {'image_shape': list(self.test.images.shape[1:]), 'class_names': self.class_names,
+                'class_counts': counts}
 
 
 # --- pixels ---------------------------------------------------------------------------------------------------------
 
 def to_float(images):
-    """uint8 0..255 -> float32 in [-1, 1]."""
+    """uint8 0..255 -> float32 in [-1, 1]. Float images are a TypeError: they are mapped already."""
+    if images.is_floating_point():
+        raise TypeError('images are float and need no to_float; give uint8 from 0 to 255')
     return images.float() / 127.5 - 1
 
 
@@ -136,17 +134,30 @@ def channels_first(images):
 
 # --- data sets ------------------------------------------------------------------------------------------------------
 
-def load_data(name, image_size=None, data_root='.data', seed=0):
+def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     """Load a data set by its name or path (see the top of this file).
 
     Args:
         image_size: side of the images; None is 16 for digits, 56 for glyphs and folders, torchvision's own otherwise.
+        like: `Data.describe()` of the data that it must be; the image size is taken from it.
         data_root: folder in which downloads and the rendered letterpress are kept.
         seed: of the random splits and of the letterpress rendering.
 
     Raises:
         DataError: the set is missing, damaged or unusable.
     """
+    if like is None:
+        return load_named(name, image_size, data_root, seed)
+    data = load_named(name, like['image_shape'][-1], data_root, seed)
+    for key, value in data.describe().items():
+        if value != like[key]:
+            raise DataError(f'--data {name}: another {key.replace("_", " ")} than the checkpoint was trained on; restore the '
+                            'data, or train anew')
+    return data
+
+
+def load_named(name, image_size, data_root, seed):
+    """The data set of this name or path, see `load_data`."""
     if name == 'letterpress':
         return load_letterpress(image_size or 56, data_root, seed)
     if name == 'digits':
@@ -162,12 +173,6 @@ def load_data(name, image_size=None, data_root='.data', seed=0):
                     f'of {", ".join(NAMES)}')
 
 
-def same_data(signature, other):
-    """Whether two `Data.signature`s are of the same data."""
-    alike = all(signature[key] == other[key] for key in ('shape', 'labels'))
-    return alike and np.allclose(signature['brightness'], other['brightness'], rtol=0, atol=.5)
-
-
 def check_apart(out, *inputs):
     """A DataError if the folder `out` lies inside one that is read as a whole: the pictures written there would be data the
     next time. Inputs are names and paths, or None."""
@@ -176,24 +181,6 @@ def check_apart(out, *inputs):
         folder = name and name not in (*NAMES, *MADE) and os.path.isdir(name) and Path(os.path.realpath(name))
         if folder and folder in (inside, *inside.parents):
             raise DataError(f'--out {out}: lies in {name}, and what is written there would be read as data; name another')
-
-
-def load_trained(checkpoint, name=None, data_root=None):
-    """The data that a checkpoint (its dictionary) was trained on, from where they lie now, if `name` or `data_root` say so.
-
-    Raises:
-        DataError: they are missing, damaged, or other data.
-    """
-    trained, name = checkpoint['args'], name or checkpoint['data']
-    data = load_data(name, checkpoint['image_size'], data_root or trained['data_root'], trained['seed'])
-    if (data.test.images.shape[1] != checkpoint['settings']['channels']
-            or checkpoint['class_names'] not in ([], data.class_names)):
-        raise DataError(f'--data {name}: its channels or classes are not those of the checkpoint; name the data that it was '
-                        'trained on')
-    if not same_data(data.signature(), checkpoint['signature']):
-        raise DataError(f'--data {name}: its images or labels are not those that the checkpoint was trained on; restore them, '
-                        'or train anew')
-    return data
 
 
 def split_stratified(images, labels, class_names, seed, name):
@@ -688,7 +675,6 @@ def save_figure(figure, path):
     """Write a matplotlib figure as PNG, whole or not at all, and close it."""
     with atomic_write(path) as file:
         figure.savefig(file, format='png', dpi=figure.dpi)
-    plt.close(figure)
 
 
 def save_gif(frames, path):
@@ -729,7 +715,7 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     top = 8 + 16 * sum(text is not None for text in (title, heads))
     bottom = 8 if curve is None else 208
     size = np.array([left + 8 + max(zoom * grid.shape[1], 7 * len(title or '')), top + bottom + zoom * grid.shape[0]])
-    figure = plt.figure(figsize=size / 100, dpi=100)  # so that `size` counts screen pixels
+    figure = Figure(figsize=size / 100, dpi=100)  # so that `size` counts screen pixels
     axes = figure.add_axes([left / size[0], bottom / size[1],
                             zoom * grid.shape[1] / size[0], zoom * grid.shape[0] / size[1]])
     axes.imshow(grid, interpolation='nearest', aspect='auto')

@@ -27,10 +27,10 @@ import torch
 from torch.utils.checkpoint import checkpoint as recompute
 from tqdm import tqdm
 
-from data import (DataError, atomic_write, check_apart, load_images, load_trained, same_data, save_gif, save_grid, to_float,
+from data import (DataError, atomic_write, check_apart, load_data, load_images, save_gif, save_grid, to_float,
                   write_csv)
-from model import CommandLine, fail, folder, load_model, mistakes_told, real, whole
-from sampler import annealed, prior, randn, sgld
+from model import CommandLine, energy_of_logits, fail, load_model, number, user_mistakes
+from sampler import chain_settings, prior, randn, sgld
 
 CHUNK = 32  # chains that run together, to bound memory; always as many, since convolutions of fewer may round differently
 
@@ -40,7 +40,7 @@ Chains = namedtuple('Chains', 'x curve states')
 
 # --- the one sampler ----------------------------------------------------------------------------------------------------
 
-def draw(energy, start, streams, checkpoint, args, given=(), free=None, noise=None, keep=()):
+def draw(energy, start, streams, checkpoint, args, kind='sampling', given=(), free=None, keep=()):
     """Run `args.steps` steps of SGLD from every start, CHUNK chains at a time, with a progress bar; returns `Chains`.
 
     Args:
@@ -48,16 +48,16 @@ def draw(energy, start, streams, checkpoint, args, given=(), free=None, noise=No
         start: (N, C, H, W).
         streams: a torch.Generator for each image.
         free: bool (N, 1, H, W), the pixels that move; None is all.
-        noise: instead of the noise that cools down, or of --noise; 0 makes the chain a function of its start.
+        kind: of `chain_settings`, which decides step and noise.
         keep: the steps whose states are wanted.
     """
-    settings = {**checkpoint['sampler'], 'noise': chain_noise(checkpoint, args) if noise is None else noise}
+    settings = chain_settings(checkpoint['sampler'], kind, args.steps, args.step_size, args.noise)
     count, frames = len(start), {round(step) for step in np.linspace(0, args.steps, 60)} if args.gif else set()
     free = torch.ones_like(start, dtype=torch.bool) if free is None else free
     streams = streams + [torch.Generator(args.device)] * (-count % CHUNK)
     tensors = [pad(tensor) for tensor in (start, free, *given)]
     with tqdm(total=args.steps * (len(streams) // CHUNK), desc=args.mode, unit='step') as bar:
-        parts = [draw_chunk(energy, *(tensor[at:at + CHUNK] for tensor in tensors), steps=args.steps, keep=frames | {*keep},
+        parts = [draw_chunk(energy, *(tensor[at:at + CHUNK] for tensor in tensors), keep=frames | {*keep},
                             bar=bar, generator=streams[at:at + CHUNK], **settings) for at in range(0, count, CHUNK)]
     xs, curves, states = zip(*parts)
     states = {step: torch.cat([part[step] for part in states])[:count] for step in states[0]}
@@ -66,15 +66,7 @@ def draw(energy, start, streams, checkpoint, args, given=(), free=None, noise=No
     return Chains(torch.cat(xs)[:count], torch.cat(curves, dim=1)[:, :count], states)
 
 
-def chain_noise(checkpoint, args):
-    """--noise; or `annealed` noise for chains from noise, if training has shaped an energy that leads them back; or what
-    training used."""
-    if args.noise is not None:
-        return args.noise
-    return annealed(args.steps) if checkpoint['args']['matching'] and args.mode != 'inpaint' else checkpoint['sampler']['noise']
-
-
-def draw_chunk(energy, start, free, *given, steps, keep, bar, **settings):
+def draw_chunk(energy, start, free, *given, keep, bar, steps, **settings):
     """The chains of one chunk: last states (B, C, H, W), energies (steps + 1, B), and the states at the steps in `keep`."""
     curve, states = [], {}
 
@@ -106,7 +98,7 @@ def start_noise(count, checkpoint, args):
 
 
 def image_shape(checkpoint):
-    return checkpoint['settings']['channels'], checkpoint['image_size'], checkpoint['image_size']  # (C, H, W)
+    return checkpoint['data']['image_shape']  # (C, H, W)
 
 
 # --- energies -----------------------------------------------------------------------------------------------------------
@@ -156,7 +148,7 @@ def expert(model, checkpoint, name, args):
 def samples(model, checkpoint, args):
     """A grid of samples: a row for each of `--classes`, or `--count` rows of eight of any."""
     given, streams, z = start_samples(8 * args.count, args.count, checkpoint, args)
-    x = draw(guided(model, args), z, streams, checkpoint, args, given).x
+    x = draw(guided(model, args), z, streams, checkpoint, args, given=given).x
     save_grid(x, args.out / 'samples.png', args.count if args.classes else 8, f'{args.steps} steps of SGLD from noise',
               rows=class_names(given[0][::args.count], checkpoint) if args.classes else None)
     return x
@@ -167,7 +159,7 @@ def chain(model, checkpoint, args):
     over the steps (course task 3.5)."""
     given, streams, z = start_samples(args.count, 1, checkpoint, args)
     shown = sorted({0, *(2 ** i for i in range(args.steps.bit_length())), args.steps})
-    chains = draw(guided(model, args), z, streams, checkpoint, args, given, keep=shown)
+    chains = draw(guided(model, args), z, streams, checkpoint, args, 'training', given, keep=shown)
     x = torch.stack([chains.states[k] for k in shown], dim=1).flatten(0, 1)  # (N, S, ...) -> (N * S, ...)
     e = chains.curve[shown].T.flatten()  # (K + 1, N) -> (S, N) -> (N * S,)
     save_grid(x, args.out / 'chain.png', len(shown), 'SGLD from noise: step, and the energy below each state',
@@ -184,7 +176,7 @@ def interpolate(model, checkpoint, args):
     given, streams = [y[::2] for y in given], streams[::2]  # (2P,) -> (P,): both ends of a path are of one class
     rho = torch.linspace(1, 0, 9, device=args.device).view(-1, 1, 1, 1)  # (9, 1, 1, 1)
     z = mix_noise(z[0::2, None], z[1::2, None], rho).flatten(0, 1)  # (P, 1, C, H, W) -> (P, 9, C, H, W) -> (P * 9, C, H, W)
-    x = draw(guided(model, args), z, streams * 9, checkpoint, args, [y.repeat_interleave(9) for y in given], noise=0.).x
+    x = draw(guided(model, args), z, streams * 9, checkpoint, args, 'descent', [y.repeat_interleave(9) for y in given]).x
     save_grid(x, args.out / 'interpolate.png', 9, 'from one sample (rho = 1) to another (rho = 0), without noise',
               rows=class_names(given[0], checkpoint) if given else None, heads=[f'{r:.3g}' for r in rho.flatten().tolist()])
     return x
@@ -199,21 +191,21 @@ def reconstruct(model, checkpoint, args):
     noise (Nijkamp et al. 2019, section 5). The graph of a step is built when its gradient is due: memory holds one."""
     x, given = given_images(checkpoint, args)  # (N, C, H, W)
     streams, z = start_noise(len(x), checkpoint, args)
-    energy, settings = guided(model, args), {**checkpoint['sampler'], 'noise': 0.}
+    energy, settings = guided(model, args), chain_settings(checkpoint['sampler'], 'descent', 1, args.step_size)
     found = z.clone().requires_grad_(True)
     optimizer = torch.optim.Adam([found], lr=.03)
     for _ in tqdm(range(args.iterations), desc='reconstruct', unit='iteration'):
         optimizer.zero_grad()
         for part in (slice(at, at + CHUNK) for at in range(0, len(x), CHUNK)):
-            step = partial(sgld, lambda x: energy(x, *(y[part] for y in given)), steps=1, differentiable=True, **settings)
+            step = partial(sgld, lambda x: energy(x, *(y[part] for y in given)), differentiable=True, **settings)
             state = found[part]
             for _ in range(args.steps):
                 state = recompute(step, state, use_reentrant=True)  # the kind that builds no graph on the way forward
             (state - x[part]).square().sum().backward()
         optimizer.step()
     found = found.detach()
-    start, end = draw(energy, torch.cat([z, found]), streams * 2, checkpoint, args, [y.repeat(2) for y in given],
-                      noise=0.).x.chunk(2)  # (2N, C, H, W) -> (N, C, H, W) each
+    start, end = draw(energy, torch.cat([z, found]), streams * 2, checkpoint, args, 'descent',
+                      [y.repeat(2) for y in given]).x.chunk(2)  # (2N, C, H, W) -> (N, C, H, W) each
     columns = {'image': x, 'z found': found, 'M(first z)': start, 'M(z found)': end, 'error': (end - x).abs() - 1}
     title = f'{args.iterations} steps of Adam through {args.steps} of SGLD; PSNR in dB'
     return save_columns(columns, ['M(first z)', 'M(z found)'], title, args)
@@ -230,7 +222,7 @@ def inpaint(model, checkpoint, args):
     free = missing.repeat_interleave(args.count, 0)  # (N, 1, H, W) -> (N * count, 1, H, W)
     start = torch.where(free, z, x.repeat_interleave(args.count, 0))  # (N * count, C, H, W)
     given = [label.repeat_interleave(args.count) for label in given]  # (N,) -> (N * count,)
-    done = draw(guided(model, args), start, streams, checkpoint, args, given, free=free).x  # (N * count, C, H, W)
+    done = draw(guided(model, args), start, streams, checkpoint, args, 'training', given, free).x  # (N * count, C, H, W)
     done = done.unflatten(0, (-1, args.count))  # (N, count, C, H, W)
 
     known = x * ~missing
@@ -244,7 +236,7 @@ def inpaint(model, checkpoint, args):
 
 def missing_pixels(streams, checkpoint, args):
     """What `--mask` takes away from images with these random streams: bool (N, 1, H, W)."""
-    size = checkpoint['image_size']
+    size = checkpoint['data']['image_shape'][-1]
     at = torch.arange(size, device=args.device)
     inner = (at >= size // 4) & (at < size - size // 4)  # (W,)
     if args.mask in ('random', 'salt-and-pepper'):  # three quarters of N(0, 1) lie below .674
@@ -275,13 +267,14 @@ def denoise(model, checkpoint, args):
     s = torch.tensor(args.strengths, device=args.device).repeat_interleave(len(x)).view(-1, 1, 1, 1)  # (S * N, 1, 1, 1)
     y = x.repeat(len(args.strengths), 1, 1, 1)  # (S * N, C, H, W)
     y = y + s * randn(y.shape, streams, args.device)
-    weight = args.data_weight / checkpoint['sampler']['step_size'] / s.flatten() ** 2  # (S * N,)
+    step_size = chain_settings(checkpoint['sampler'], 'descent', 1, args.step_size)['step_size']
+    weight = args.data_weight / step_size / s.flatten() ** 2  # (S * N,)
 
     def posterior(x, y, weight, *label):
         return guided(model, args)(x, *label) + weight / 2 * (x - y).square().sum((1, 2, 3))
 
     given = [y, weight, *(label.repeat(len(args.strengths)) for label in given)]  # (S * N, ...) each
-    done = draw(posterior, y.clamp(-1, 1), streams, checkpoint, args, given, noise=0.).x  # (S * N, C, H, W)
+    done = draw(posterior, y.clamp(-1, 1), streams, checkpoint, args, 'descent', given).x  # (S * N, C, H, W)
     columns = {'image': x}
     for strength, *parts in zip(args.strengths, *(part.split(len(x)) for part in (y, total_variation(y, s), done))):
         columns |= {f'{name} {strength:g}': part.clamp(-1, 1) for name, part in zip(('noise', 'TV', 'SGLD'), parts)}
@@ -312,7 +305,7 @@ def compose(model, checkpoint, args):
     kind = torch.arange(len(COMPOSITIONS), device=args.device).repeat_interleave(args.count)  # (5 * count,)
     starts = [start_noise(args.count, checkpoint, args) for _ in COMPOSITIONS]  # the same five times
     streams, z = [stream for part, _ in starts for stream in part], torch.cat([z for _, z in starts])  # (5 * count, C, H, W)
-    x = draw(composed(*experts, args.weight), z, streams, checkpoint, args, (kind,)).x
+    x = draw(composed(*experts, args.weight), z, streams, checkpoint, args, given=(kind,)).x
     texts = [f'{e1:.1f} {e2:.1f}' for e1, e2 in zip(*(energy(x).tolist() for energy in experts))]
     runs = [path.resolve().parent.name for path in (args.ckpt, args.ckpt2 or args.ckpt)]
     rows = [*(f'{i}: {name or run}' for i, (name, run) in enumerate(zip(names, runs), 1)), *list(COMPOSITIONS)[2:]]
@@ -329,7 +322,7 @@ def concepts(model, checkpoint, args):
     if args.classes:
         y = class_labels(args.classes, checkpoint, args.device).expand(len(x), -1)  # (R,) -> (N, R)
     y = y if checkpoint['class_names'] else y[:, :0]
-    e = -torch.cat([logits.logsumexp(1, keepdim=True), logits.gather(1, y)], dim=1)  # (N, 1 + R)
+    e = torch.stack([energy_of_logits(logits), *(energy_of_logits(logits, label) for label in y.T)], dim=1)  # (N, 1 + R)
     gradients = [torch.autograd.grad(column.sum(), x, retain_graph=True)[0] for column in e.T]  # (N, C, H, W) each
     x = x.detach()
     shown = torch.stack([x.expand(-1, 3, -1, -1), *(heat_map(x, g) for g in gradients)], dim=1)  # (N, 2 + R, 3, H, W)
@@ -356,11 +349,11 @@ def evaluate(model, checkpoint, args):
     if not checkpoint['class_names']:
         fail(f'--mode evaluate: {args.ckpt} is a plain EBM, without classes that a judge could agree with; evaluate a JEM')
     judge = load_judge(checkpoint, args)
-    test = load_trained(checkpoint, args.data, args.data_root).test
+    test = trained_data(checkpoint, args).test
     first, second = paired_halves(test.labels, args.images, args.seed)  # (N,) both
     (real, y), (other, _) = (test.batch(index) for index in (first, second))
     streams, z = start_noise(len(y), checkpoint, args)
-    x = draw(guided(model, args), z, streams, checkpoint, args, (y.to(args.device),)).x  # (N, C, H, W)
+    x = draw(guided(model, args), z, streams, checkpoint, args, given=(y.to(args.device),)).x  # (N, C, H, W)
 
     seen = {name: judge_features(judge, images.to(args.device))
             for name, images in (('real', real), ('samples', x), ('more real', other))}
@@ -405,7 +398,7 @@ def load_judge(checkpoint, args):
     judge, facts = load_model(args.judge, args.device, args.precision)
     if args.judge.samefile(args.ckpt):
         fail(f'--judge {args.judge}: is --ckpt itself, and samples are not judged by the model that drew them; name another')
-    if facts['class_names'] != checkpoint['class_names'] or not same_data(facts['signature'], checkpoint['signature']):
+    if facts['class_names'] != checkpoint['class_names'] or facts['data'] != checkpoint['data']:
         fail(f'--judge {args.judge}: not trained on the data of {args.ckpt}; train it with the same --data and --seed '
              f'{checkpoint["args"]["seed"]}')
     return judge
@@ -457,8 +450,14 @@ def start_samples(count, per_class, checkpoint, args):
     streams, z = start_noise(count, checkpoint, args)
     if not checkpoint['args']['conditional']:
         return (), streams, z
-    shares = torch.tensor(checkpoint['class_counts'], dtype=torch.float, device=args.device)  # (K,)
+    shares = torch.tensor(checkpoint['data']['class_counts']['train'], dtype=torch.float, device=args.device)  # (K,)
     return (torch.cat([shares.multinomial(1, generator=stream) for stream in streams]),), streams, z
+
+
+def trained_data(checkpoint, args):
+    """The data that the checkpoint was trained on, from where they lie now."""
+    flags = checkpoint['args']
+    return load_data(args.data or flags['data'], None, args.data_root or flags['data_root'], flags['seed'], checkpoint['data'])
 
 
 def given_images(checkpoint, args):
@@ -471,7 +470,7 @@ def given_images(checkpoint, args):
     if args.start:
         x, y = to_float(load_images(args.start, size, channels)[0].to(args.device)), told
     else:
-        test = load_trained(checkpoint, args.data, args.data_root).test
+        test = trained_data(checkpoint, args).test
         index = torch.linspace(0, len(test) - 1, min(args.images, len(test))).long()
         x, y = test.to(args.device).batch(index.to(args.device))
         y = told if told is not None else y if checkpoint['args']['conditional'] else None
@@ -523,22 +522,22 @@ def parse_args(argv=None):
     parser.add_argument('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     parser.add_argument('--classes', nargs='+', metavar='CLASS', help='names or numbers of classes, for E(x, y); '
                         'without them those of the data, as frequent')
-    parser.add_argument('--guidance', type=real(0), default=1., help='w of E(x) + w (E(x, y) - E(x)): 0 '
+    parser.add_argument('--guidance', type=number(float, 0), default=1., help='w of E(x) + w (E(x, y) - E(x)): 0 '
                         'tells the chains of no class')
-    parser.add_argument('--count', type=whole(1, 10_000), default=8,
+    parser.add_argument('--count', type=number(int, 1, 10_000), default=8,
                         help='samples a class, rows of eight, chains, or completions')
-    parser.add_argument('--steps', type=whole(1), help='SGLD steps; the default is that of the mode: '
+    parser.add_argument('--steps', type=number(int, 1), help='SGLD steps; the default is that of the mode: '
                         + ', '.join(f'{name} {steps}' for name, (_, steps, *_) in MODES.items() if steps))
-    parser.add_argument('--step-size', type=real(1e-9), help='instead of the checkpoint\'s own')
-    parser.add_argument('--noise', type=real(0), help='of every step, e.g. .02 as in training; by default the noise of '
+    parser.add_argument('--step-size', type=number(float, 1e-9), help='instead of the checkpoint\'s own')
+    parser.add_argument('--noise', type=number(float, 0), help='of every step, e.g. .02 as in training; by default the noise of '
                        'chains from noise falls from .5 to 0 (annealing)')
     parser.add_argument('--gif', action='store_true', help='write the chains as a film, too: MODE.gif')
-    parser.add_argument('--out', type=folder, default='.', help='folder to write into')
+    parser.add_argument('--out', type=Path, default='.', help='folder to write into')
 
     group = parser.add_argument_group('images to work on')
     group.add_argument('--start', type=Path, metavar='FILE|FOLDER', help='your own instead of test images; name their class '
                        'with --classes, or they are taken along E(x)')
-    group.add_argument('--images', type=whole(1), help='how many test images; default: 8, and 500 in evaluate')
+    group.add_argument('--images', type=number(int, 1), help='how many test images; default: 8, and 500 in evaluate')
     group.add_argument('--judge', type=Path, metavar='CKPT', help='independent classifier for evaluate')
     group.add_argument('--data', help='the checkpoint\'s data, where they lie elsewhere now')
     group.add_argument('--data-root', type=Path, help='folder of downloads and of rendered letterpress, as in the training')
@@ -546,14 +545,13 @@ def parse_args(argv=None):
     group = parser.add_argument_group('single modes')
     group.add_argument('--mask', default='left', metavar='MASK', help='of inpaint: left, centre, random (three quarters), '
                        'salt-and-pepper (half), or an image that is white where pixels are missing')
-    group.add_argument('--strengths', type=real(.001), nargs='+', default=[.2, .4, .8], metavar='S', help='of the noise to '
+    group.add_argument('--strengths', type=number(float, .001), nargs='+', default=[.2, .4, .8], metavar='S', help='of the noise to '
                        'take away, in units of pixel value')
-    group.add_argument('--data-weight', type=real(0), default=.0003, help='of denoise: a step pulls x back to the noisy '
+    group.add_argument('--data-weight', type=number(float, 0), default=.0003, help='of denoise: a step pulls x back to the noisy '
                        'image by this over S^2 of the distance')
-    group.add_argument('--iterations', type=whole(1), default=60, help='of Adam in reconstruct')
+    group.add_argument('--iterations', type=number(int, 1), default=60, help='of Adam in reconstruct')
     group.add_argument('--ckpt2', type=Path, help='second expert of compose')
-    group.add_argument('--weight', type=real(0), default=.2, help='w of the negation E1 - w E2 in compose')
-    parser.add_shared_arguments()
+    group.add_argument('--weight', type=number(float, 0), default=.2, help='w of the negation E1 - w E2 in compose')
     args = parser.parse_args(argv)
     _, steps, images, uses = MODES[args.mode]
     for name in sorted({name for *_, flags in MODES.values() for name in flags}.difference(uses)):
@@ -571,12 +569,10 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    with mistakes_told(DataError):
+    with user_mistakes(DataError):
         args = parse_args(argv)
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
-        check_apart(args.out, args.data or checkpoint['data'], args.start)
-        if args.step_size is not None:
-            checkpoint['sampler']['step_size'] = args.step_size
+        check_apart(args.out, args.data or checkpoint['args']['data'], args.start)
         x = MODES[args.mode][0](model, checkpoint, args)
         if not x.isfinite().all():
             fail(f'--mode {args.mode}: the images are not finite; use a smaller --step-size, --noise or --guidance')

@@ -3,31 +3,29 @@
     python ood.py --ckpt best.pt                           every score on every OOD set there is for the data
     python ood.py --ckpt best.pt --ood ligatures my/scans  these sets: names (see data.py), .npy files, folders of images
     python ood.py --ckpt best.pt --baseline plain/best.pt  also the scores of a plain classifier (train.py --px-weight 0)
-    python ood.py --ckpt best.pt --judge my/scans          no report, but a verdict on each image: judge.csv
+    python ood.py --ckpt best.pt --check my/scans          no report, but a verdict on each image: check.csv
     python ood.py --ckpt best.pt --trust                   also calibration, PGD attacks, distal adversaries: slow
 
 The test split of the checkpoint's own data is in-distribution, label 0; OOD is label 1, and a score is higher for what is
 more OOD. How data.py keeps sets from being told by their handling: see `load_ood`. Writes a table and, into --out, ood.csv
 (a row a set and score), ood.png (histograms of the energy), roc.png, typical.png (the most and least typical images of
-each set: look there first) and threshold.json, the energy that keeps 95 % of the validation data; --trust adds trust.csv,
+each set: look there first); --trust adds trust.csv,
 calibration.png, robustness.png and distal.png.
 """
-import hashlib
-import json
 import os
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from data import (DataError, atomic_write, check_apart, load_images, load_ood, load_trained, ood_names, printable, same_data,
+from data import (DataError, check_apart, load_data, load_images, load_ood, ood_names, printable,
                   save_figure, save_grid, shortened, to_float, write_csv)
-from model import CheckpointError, CommandLine, fail, folder, load_model, mistakes_told, whole
-from sampler import prior, sgld
+from model import (CheckpointError, CommandLine, energy_of_logits, fail, load_model, number,
+                   user_mistakes)
+from sampler import chain_settings, prior, sgld
 
 COLUMNS = ['set', 'score', 'auroc', 'auroc_low', 'auroc_high', 'aupr', 'fpr95', 'n_id', 'n_ood']
 KEEP = .95  # share of the validation data below the threshold
@@ -62,7 +60,7 @@ def logit_scores(logits):
     In float64, and 1 - max p by expm1: in float32 a sure classifier would say 0 to thousands of images, all ties.
     """
     log_p = logits.log_softmax(1)  # (N, K)
-    scores = {'energy': -logits.logsumexp(1)}  # E(x), (N, K) -> (N,)
+    scores = {'energy': energy_of_logits(logits)}  # E(x), (N, K) -> (N,)
     if logits.shape[1] > 1:
         scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max_y p(y|x), Hendrycks and Gimpel 2017
         scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # H[p(y|x)]
@@ -92,6 +90,7 @@ def detection(score_id, score_ood, seed=0, resamples=1000):
         the threshold that finds 95 % of the OOD inputs (some papers count the other way round: the share of OOD inputs
         below the threshold that keeps 95 % of the in-distribution ones, here 1 - `rejected`). All nan if a set is empty.
     """
+    from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve  # slow to import
     counts = {'n_id': len(score_id), 'n_ood': len(score_ood)}
     if not all(counts.values()):
         return {**dict.fromkeys(['auroc', 'auroc_low', 'auroc_high', 'aupr', 'fpr95'], float('nan')), **counts}
@@ -126,47 +125,23 @@ def find_threshold(energy):
     return float(np.quantile(energy, KEEP, method='inverted_cdf'))
 
 
-def store_threshold(energy, rejected, args):
-    """Write threshold.json, with the share of each set above it; returns the threshold of these validation energies (N,)."""
-    stored = {'energy': find_threshold(energy), 'keeps': KEEP, 'rejected': rejected, **identify(args)}
-    with atomic_write(args.out / 'threshold.json') as file:
-        file.write(json.dumps(stored, indent=1).encode())
-    return stored['energy']
-
-
-def load_threshold(model, checkpoint, args):
-    """The threshold stored in --out if it is this checkpoint's, else found anew in its validation data."""
-    try:
-        stored = json.loads((args.out / 'threshold.json').read_text())
-        if identify(args).items() <= stored.items():
-            return float(stored['energy'])
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        pass  # missing or damaged
-    images = load_trained(checkpoint, args.data, args.data_root).val.images
-    return store_threshold(logit_scores(get_logits(model, images, args.device))['energy'], {}, args)
-
-
-def identify(args):
-    """What a threshold belongs to: this checkpoint file, in this precision."""
-    return {'checkpoint': hashlib.sha256(args.ckpt.read_bytes()).hexdigest(), 'precision': args.precision}
-
-
-def judge(model, checkpoint, args):
-    """judge.csv: file, energy, verdict, class and confidence max_y p(y|x) of each image at --judge."""
-    size, channels = checkpoint['image_size'], checkpoint['settings']['channels']
-    images, names = load_images(args.judge, size, channels)
-    threshold = load_threshold(model, checkpoint, args)
+def check(model, checkpoint, args):
+    """check.csv: file, energy, verdict, class and confidence max_y p(y|x) of each image at --check."""
+    channels, size, _ = checkpoint['data']['image_shape']
+    images, names = load_images(args.check, size, channels)
+    val = trained_data(checkpoint, args).val.images
+    threshold = find_threshold(logit_scores(get_logits(model, val, args.device))['energy'])
     logits = get_logits(model, images, args.device)  # (N, K)
     energy, (confidence, label) = logit_scores(logits)['energy'], logits.softmax(1).max(1)  # (N,) all
     classes = checkpoint['class_names']  # empty for a plain EBM
     rows = [{'file': name, 'energy': e, 'verdict': 'OOD' if e > threshold else 'in-distribution',
              'class': classes[y] if classes else '', 'confidence': p if classes else ''}
             for name, e, y, p in zip(names, energy.tolist(), label.tolist(), confidence.tolist())]
-    write_csv(rows, list(rows[0]), args.out / 'judge.csv')
+    write_csv(rows, list(rows[0]), args.out / 'check.csv')
     for row in rows[:20]:
         print(f'{row["file"]}: {row["verdict"]}, energy {row["energy"]:.2f}' + (f', {row["class"]}' if classes else ''))
     print(f'{sum(row["verdict"] == "OOD" for row in rows)} of {len(rows)} are OOD (energy above {threshold:.3f}); '
-          f'{args.out / "judge.csv"}')
+          f'{args.out / "check.csv"}')
 
 
 # --- the report -----------------------------------------------------------------------------------------------------------
@@ -181,7 +156,6 @@ def report(model, baseline, data, images, args):
     energies = {name: found['energy'] for name, found in scores.items()}
     rejected = {name: float((energy > threshold).mean()) for name, energy in energies.items()}
     write_csv(rows, COLUMNS, args.out / 'ood.csv')
-    store_threshold(energy_val, rejected, args)
     plot_histograms(energies, rejected, threshold, args.out / 'ood.png')
     plot_roc(scores, rows, args.out / 'roc.png')
     show_typical(images, energies, args.out / 'typical.png')
@@ -212,7 +186,8 @@ def make_panels(titles):
     count = len(titles)
     columns = min(count, 4)
     rows = -(-count // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(3.6 * columns, 2.8 * rows), squeeze=False, layout='constrained')
+    figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout='constrained')
+    axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[count:]:
         ax.remove()
     for ax, title in zip(axes.flat, titles):
@@ -235,6 +210,7 @@ def plot_histograms(energies, rejected, threshold, path):
 
 def plot_roc(scores, rows, path):
     """roc.png: for each set the ROC curves of all scores."""
+    from sklearn.metrics import roc_curve  # slow to import
     names = list(scores)[1:]
     figure, axes = make_panels(names)
     for ax, name in zip(axes, names):
@@ -377,7 +353,7 @@ def attack(models, checkpoint, data, args):
     victims[f'{first} after {DEFENCE_STEPS} SGLD steps'] = models[first], DEFENCE_STEPS
     rows, (figure, axes) = [], make_panels([f'PGD, {norm}' for norm in RADII])
     for name, (model, steps) in victims.items():
-        defence = {**checkpoint['sampler'], 'steps': steps}
+        defence = chain_settings(checkpoint['sampler'], 'training', steps)
         for ax, norm in zip(axes, RADII):
             accuracy = []
             for radius in tqdm([0, *RADII[norm]], f'PGD, {norm}, on {name}', unit='radius'):
@@ -399,12 +375,12 @@ def attack(models, checkpoint, data, args):
 def show_distal(models, checkpoint, args):
     """distal.png: uniform noise driven to p(y = c | x) >= .9 by gradient ascent, a class a column (JEM, section 5.4): what
     a model takes for a c that was never near one."""
-    names, size = checkpoint['class_names'][:10], checkpoint['image_size']
+    names = checkpoint['class_names'][:10]
     labels = torch.arange(len(names), device=args.device)[:, None]  # (R, 1)
     pictures, captions = [], []
     for name, model in models.items():
         generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise for each model
-        x = prior('uniform', (len(names), checkpoint['settings']['channels'], size, size), generator, args.device)
+        x = prior('uniform', (len(names), *checkpoint['data']['image_shape']), generator, args.device)
         for _ in tqdm(range(DISTAL_STEPS), f'distal adversaries of {name}', unit='step'):
             log_p = model.get_logits(x.requires_grad_()).log_softmax(1).gather(1, labels)  # (R, K) -> (R, 1)
             gradient, = torch.autograd.grad(log_p.sum(), x)  # (R, C, H, W)
@@ -433,23 +409,28 @@ def parse_args(argv=None):
     parser.add_argument('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     parser.add_argument('--ood', nargs='+', metavar='NAME|PATH', help='OOD sets, see data.py; the default is all there are')
     parser.add_argument('--baseline', type=Path, metavar='CKPT', help='a plain classifier of the same data to compare with')
-    parser.add_argument('--judge', type=Path, metavar='FILE|FOLDER', help='images to judge instead of a report')
+    parser.add_argument('--check', type=Path, metavar='FILE|FOLDER', help='images to judge instead of a report')
     parser.add_argument('--trust', action='store_true', help='calibration, robustness and distal adversaries, too')
-    parser.add_argument('--attacked', type=whole(1), default=100, help='test images that --trust attacks')
+    parser.add_argument('--attacked', type=number(int, 1), default=100, help='test images that --trust attacks')
     parser.add_argument('--data', help='the checkpoint\'s data, where they lie elsewhere now')
     parser.add_argument('--data-root', type=Path, help='folder of downloads and of rendered letterpress, as in the training')
-    parser.add_argument('--out', type=folder, default='.', help='folder to write into')
-    parser.add_shared_arguments()
+    parser.add_argument('--out', type=Path, default='.', help='folder to write into')
     args = parser.parse_args(argv)
-    if args.judge and (args.ood or args.baseline or args.trust):
-        parser.error('--judge gives verdicts and no report: leave out --ood, --baseline and --trust')
+    if args.check and (args.ood or args.baseline or args.trust):
+        parser.error('--check gives verdicts and no report: leave out --ood, --baseline and --trust')
     return args
+
+
+def trained_data(checkpoint, args):
+    """The data that the checkpoint was trained on, from where they lie now."""
+    flags = checkpoint['args']
+    return load_data(args.data or flags['data'], None, args.data_root or flags['data_root'], flags['seed'], checkpoint['data'])
 
 
 def load_baseline(args, checkpoint):
     """The plain classifier, checked for being one and for knowing the same data."""
     baseline, facts = load_model(args.baseline, args.device, args.precision)
-    if facts['args']['px_weight'] or not same_data(facts['signature'], checkpoint['signature']):
+    if facts['args']['px_weight'] or facts['data'] != checkpoint['data']:
         raise CheckpointError(f'--baseline {args.baseline}: no plain classifier of the images and classes of {args.ckpt}; train '
                               f'one on the same data with python train.py --px-weight 0 --seed {checkpoint["args"]["seed"]}')
     return baseline
@@ -459,7 +440,7 @@ def load_sets(args, data, checkpoint):
     """{name: uint8 (N, C, H, W)}, first `test`, then the OOD sets; a path goes by its stem, unless another set does already."""
     root = args.data_root or checkpoint['args']['data_root']
     sets = {'test': data.test.images}
-    for name in args.ood or ood_names(data, checkpoint['data'], root):
+    for name in args.ood or ood_names(data, checkpoint['args']['data'], root):
         stem = Path(name).stem or name
         key = next(key for key in (*map(printable, (stem, name, os.path.realpath(name))), None) if key not in sets)
         if key is not None:  # else it was named twice
@@ -468,16 +449,16 @@ def load_sets(args, data, checkpoint):
 
 
 def main(argv=None):
-    with mistakes_told(DataError):
+    with user_mistakes(DataError):
         args = parse_args(argv)
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
-        check_apart(args.out, args.data or checkpoint['data'], *args.ood or [])
-        if args.judge:
-            return judge(model, checkpoint, args)
+        check_apart(args.out, args.data or checkpoint['args']['data'], *args.ood or [])
+        if args.check:
+            return check(model, checkpoint, args)
         if args.trust and not checkpoint['class_names']:
             fail(f'--trust: {args.ckpt} is a plain EBM and has no p(y|x) to trust; leave the flag out')
         baseline = load_baseline(args, checkpoint) if args.baseline else None
-        data = load_trained(checkpoint, args.data, args.data_root)
+        data = trained_data(checkpoint, args)
         report(model, baseline, data, load_sets(args, data, checkpoint), args)
         if args.trust:
             trust(model, baseline, checkpoint, data, args)

@@ -1,54 +1,57 @@
 """SGLD and the reservoir of chains: how samples are drawn from an energy (course task 3.3).
 
 Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,).
+
+    from sampler import sgld
+    x = sgld(model.energy, x, steps=60, step_size=10., noise=.005)
 """
 import gc
-import warnings
 
 import torch
 import torch.nn.functional as F
 
 
-def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1.0), generator=None, callback=None,
-         free=None, differentiable=False):
-    """Run `steps` steps of stochastic gradient Langevin dynamics (Welling and Teh 2011) from x; returns the last state.
+def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.), generator=None,
+         callback=None, free=None, differentiable=False):
+    """Stochastic gradient Langevin dynamics (Welling and Teh 2011) from x; returns the last state.
 
         x <- x - step_size * dE/dx + noise * xi,    xi ~ N(0, I)
 
-    Which law do the chains follow?
-
-    * `noise=None` takes sqrt(2 * step_size). With eta = 2 * step_size that is the lecture's x - eta/2 dE/dx + sqrt(eta) xi,
-      whose stationary law tends to exp(-E)/Z as eta -> 0 (with no clip and no clamp).
-    * A smaller noise samples a colder law: to first order exp(-E/T)/Z with T = noise^2 / (2 * step_size). Course practice
-      (step_size 10, noise .005) has T = 1.3e-6, the defaults of train.py at 56x56 (7.84, .02) have 2.6e-5: descent with a
-      little noise. A clipped gradient makes a chain no exact sampler of any temperature.
-    * One noise for each step makes the chain cool down on its way, see `annealed`.
+    * `noise=None` is sqrt(2 * step_size). With eta = 2 * step_size this is the lecture's
+      x - eta/2 dE/dx + sqrt(eta) xi, whose stationary law tends to exp(-E)/Z as eta -> 0.
+    * With less noise the chains follow, to first order, exp(-E/T)/Z with the temperature
+      T = noise^2 / (2 * step_size). The course's step 10 and noise .005 have T = 1.3e-6, the
+      defaults of train.py at 56x56 (7.84 and .02) T = 2.6e-5: descent with a little noise.
+    * With the clamp, the law is that of projected Langevin dynamics, confined to the box. A
+      clipped gradient belongs to no energy, so such chains have no law that is known.
 
     Args:
-        energy: callable, (B, C, H, W) -> (B,). Only the gradient with respect to x is taken, so parameters, their
-            `requires_grad` and their `.grad`, and the mode of a model behind it stay as they are.
-        x: start of the chains, (B, C, H, W) float32; not changed.
-        steps: number of steps K, at least 0.
+        energy: callable, (B, C, H, W) -> (B,). Parameters, their gradients and the mode of a model
+            behind it are left as they are.
+        x: start of the chains, float32 (B, C, H, W); not changed.
+        steps: K, the number of steps.
         step_size: see above.
-        noise: standard deviation of the noise of a step, or a list of `steps` of them (ValueError if it is longer or shorter).
-        grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip] first, or None.
-        clamp: (low, high) that pixels are held in, or None.
-        generator: torch.Generator of x's device for the noise, or a list of B of them, see `randn`.
-        callback: called as callback(k, x, e) before step k = 0 ... steps - 1 with the state x and its energy e, (B,).
-        free: bool, broadcast to x: the pixels that move. The others keep their values bit by bit.
-        differentiable: keep the graph of every step, so that a loss of the last state has a gradient with respect to the
-            start: the chain is a network x_K = M(x_0), whose layers are its steps.
+        noise: standard deviation of the noise in a step, or a list of one for each step.
+        grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip], or None.
+        clamp: (low, high) of the pixel values, or None.
+        generator: torch.Generator for the noise, or a list of B of them (see `randn`).
+        callback: called as callback(k, x, e) before step k with the state x and its energies (B,).
+        free: bool, broadcast to x: the pixels that move. The others keep their values exactly.
+        differentiable: keep the graph of all steps, for gradients with respect to the start.
+
+    Raises:
+        ValueError: there are more or fewer noises than steps.
     """
-    noise = (2 * step_size) ** 0.5 if noise is None else noise
-    levels = noise if isinstance(noise, list) else [noise] * steps
+    noise = (2 * step_size) ** .5 if noise is None else noise
+    noises = noise if isinstance(noise, list) else [noise] * steps
     if not differentiable:
         x = x.detach()
-    for k, level in zip(range(steps), levels, strict=True):
+    for k, sigma in zip(range(steps), noises, strict=True):
         x.requires_grad_(True)
         with torch.enable_grad():
             e = energy(x)  # (B,)
-            # (B, C, H, W); images do not mix, so the gradient of the sum is dE/dx of each
-            gradient, = torch.autograd.grad(e.sum(), x, create_graph=differentiable)
+            # Images do not mix, so the gradient of the sum is dE/dx of each image.
+            gradient, = torch.autograd.grad(e.sum(), x, create_graph=differentiable)  # (B, C, H, W)
         if not differentiable:
             x = x.detach()
         before = x
@@ -57,8 +60,8 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
         if grad_clip is not None:
             gradient = gradient.clamp(-grad_clip, grad_clip)
         x = x - step_size * gradient
-        if level:
-            x = x + level * randn(x.shape, generator, x.device)
+        if sigma:
+            x = x + sigma * randn(x.shape, generator, x.device)
         if clamp is not None:
             x = x.clamp(*clamp)
         if free is not None:
@@ -66,145 +69,185 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1.0, 1
     return x
 
 
-class Recorded:
-    """A function of tensors as a CUDA graph: the first call records its kernels, every later one starts them all at once.
-
-    For a small network a GPU finishes each kernel sooner than Python can ask for the next one; this takes Python out of the
-    K steps of a chain. The function must do the same in every call and read nothing back from the GPU. Weights are read
-    where they lie, so they may be updated in place, and random numbers go on in the stream of `generator` as they would
-    without the graph.
-
-    Args:
-        function: callable of tensors, returns a tensor.
-        generator: torch.Generator of the GPU, the only source of random numbers in it.
-    """
-
-    def __init__(self, function, generator):
-        self.function, self.generator, self.graph = function, generator, None
-
-    def __call__(self, *inputs):
-        if self.graph is None:
-            self.graph = self.record(inputs)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        return self.result.clone()  # the next call writes over it
-
-    def record(self, inputs):
-        self.inputs = [given.clone() for given in inputs]  # where the graph finds them
-        state, main, side = self.generator.get_state(), torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):
-            self.function(*self.inputs)  # what libraries set up in their first call is not to be recorded
-        main.wait_stream(side)
-        self.generator.set_state(state)
-        graph = torch.cuda.CUDAGraph()
-        if hasattr(graph, 'register_generator_state'):  # torch before 2.14 has to be told
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore')  # later ones say that they have not
-                graph.register_generator_state(self.generator)
-        gc.collect()  # another graph that is thrown away in the middle of a recording would spoil it
-        with torch.cuda.graph(graph):
-            self.result = self.function(*self.inputs)
-        return graph
-
-
-def annealed(steps, first=.5):
-    """Noise for each of `steps` steps, from `first` evenly down to 0: simulated annealing (Kirkpatrick et al. 1983) by Langevin
-    steps. A chain that begins hot chooses among the modes at random, where a cold one falls into the nearest, and it ends on
-    clean paper. (In annealed Langevin dynamics, Song and Ermon 2019, the score and the step size change with the noise.)"""
-    return [first * (1 - k / steps) for k in range(steps)]
-
-
 def randn(shape, generator=None, device='cpu'):
-    """N(0, I) of `shape` (B, ...). With a list of B generators each image has a random stream of its own, and its noise
-    does not depend on what else is in the batch."""
+    """N(0, I) of `shape` (B, ...). With a list of B generators each image has its own, so its noise
+    does not depend on the other images of the batch."""
     if isinstance(generator, list):
-        return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generator])  # (B, ...)
+        return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generator])
     return torch.randn(shape, generator=generator, device=device)
 
 
+def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
+    """Arguments for `sgld`: step and noise of every chain in this project are decided here.
+
+    Args:
+        sampler: the facts of a training: its flags `steps`, `step_size` (or None), `noise`,
+            `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
+        kind: 'training', chains as the training moves them;
+            'sampling', chains from noise. If the matching term has shaped an energy that leads back
+            from everywhere, they start hot and cool down to 0 (simulated annealing, Kirkpatrick
+            et al. 1983): hot chains choose among the modes, cold ones fall into the nearest;
+            'descent', no noise: the chain is a function of its start.
+        steps, step_size, noise: instead of these, if not None.
+    """
+    if steps is None:
+        steps = sampler['steps']
+    if step_size is None:
+        step_size = sampler['step_size']
+    if step_size is None:  # moves pixels by .1 (root mean square) where the energy has its slope
+        step_size = .1 * sampler['pixels'] / sampler['slope']
+    if kind == 'descent':
+        noise = 0.
+    elif noise is None and kind == 'sampling' and sampler['matching']:
+        noise = [.5 * (1 - k / steps) for k in range(steps)]
+    elif noise is None:
+        noise = sampler['noise']
+    return {'steps': steps, 'step_size': step_size, 'noise': noise,
+            'grad_clip': sampler['grad_clip']}
+
+
+# --- where chains start ---------------------------------------------------------------------------
+
 def prior(kind, shape, generator=None, device='cpu'):
-    """Starts of fresh chains, float32 of `shape` (B, C, H, W): `gaussian` N(0, 0.01), `uniform` on [-1, 1], or `mixed`, half
-    gaussian and half `grainy`, so that the energy learns to lead home from everywhere."""
+    """Starts of fresh chains, float32 of `shape` (B, C, H, W).
+
+    gaussian: N(0, 0.01), a standard deviation of .1.  uniform: on [-1, 1].  grainy: see below.
+    mixed: half gaussian and half grainy, so that the energy learns to lead back from everywhere.
+    """
+    if kind == 'gaussian':
+        return .1 * randn(shape, generator, device)
     if kind == 'uniform':
         return 2 * torch.rand(shape, generator=generator, device=device) - 1
-    x = .1 * randn(shape, generator, device)
+    if kind == 'grainy':
+        return grainy(shape, generator, device)
     if kind == 'mixed':
-        pick = torch.rand(shape[0], 1, 1, 1, generator=generator, device=device) < .5  # (B, 1, 1, 1)
-        x = torch.where(pick, grainy(shape, generator, device), x)
-    return x
+        x = .1 * randn(shape, generator, device)
+        half = torch.rand(shape[0], 1, 1, 1, generator=generator, device=device) < .5
+        return torch.where(half, grainy(shape, generator, device), x)
+    raise ValueError(f'prior {kind!r}: choose gaussian, uniform, grainy or mixed')
 
 
 def grainy(shape, generator=None, device='cpu'):
-    """Noise of every grain, from clouds to single pixels, and of every contrast, from fog to black and white."""
+    """Noise of every grain, from clouds to single pixels, and of every contrast, from pale grey to
+    black and white."""
     batch, channels, height, width = shape
     x = torch.zeros(shape, device=device)
-    cells = [2 ** i for i in range(height.bit_length()) if 2 ** i < height] + [height]
-    for n in cells:  # the share of each grain is a cubed exponential: mostly one or two of them carry an image
+    grains = [2 ** i for i in range(height.bit_length()) if 2 ** i < height] + [height]
+    for n in grains:  # a cubed exponential: mostly one or two grains dominate an image
         share = torch.empty(batch, 1, 1, 1, device=device).exponential_(generator=generator) ** 3
         octave = torch.randn(batch, channels, n, n, generator=generator, device=device)
-        x += share * F.interpolate(octave, (height, width), mode='bilinear')  # (B, C, n, n) -> (B, C, H, W)
+        x += share * F.interpolate(octave, (height, width), mode='bilinear')  # (B, C, H, W)
     deviation = x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
-    contrast = (3.2 * torch.rand(batch, 1, 1, 1, generator=generator, device=device) - .7).exp()  # .5 to 12
-    return (contrast * x / deviation).clamp(-1, 1)
+    contrast = 3.2 * torch.rand(batch, 1, 1, 1, generator=generator, device=device) - .7
+    return (contrast.exp() * x / deviation).clamp(-1, 1)  # a deviation of .5 to 12 before the clamp
 
 
 class Reservoir:
-    """Stored chains (the replay buffer of Du and Mordatch 2019) as ring buffers in one tensor on the device.
+    """Stored chains (the replay buffer of Du and Mordatch 2019): ring buffers in one tensor.
 
-    There is one ring, or one a class when sampling is conditional. `draw` takes the chains at the head of a ring, each of
-    them fresh from the prior with probability `reinit`; `store` puts them back where they were. So a ring goes round, every
-    chain moves once a round, and no two classes ever share a slot. One ring as long as a batch with reinit = 0 holds the
-    persistent chains of Tieleman 2008; with reinit = 1 every chain is short-run MCMC (Nijkamp et al. 2019).
+    There is one ring, or one for each class when chains follow E(x, y). `draw` takes the chains at
+    the head of a ring and starts each one afresh with probability `reinit`; `store` puts them back
+    into the same slots. So all chains take turns, and classes never share a slot.
 
     Args:
-        lengths: list of the number of slots of each ring, R entries. A ring that a batch asks for more chains than it has
-            gives some of them twice.
+        lengths: list of R numbers of slots, one for each ring. A ring that is asked for more chains
+            at a time than it has gives some of them twice.
         image_shape: (C, H, W).
-        reinit: share of the drawn chains that start afresh.
+        reinit: share of the drawn chains that start afresh. With 0 and as many slots as a batch
+            they are persistent chains (Tieleman 2008), with 1 short-run MCMC (Nijkamp et al. 2019).
         kind: their `prior`.
     """
 
-    def __init__(self, lengths, image_shape, reinit=.05, kind='mixed', generator=None, device='cpu'):
+    def __init__(self, lengths, image_shape, reinit=.05, kind='mixed', generator=None,
+                 device='cpu'):
         self.reinit, self.kind = reinit, kind
-        self.lengths = torch.tensor(lengths, device=device)  # (R,)
-        self.first = self.lengths.cumsum(0) - self.lengths  # (R,), the slot at which a ring begins
-        self.head = torch.zeros_like(self.lengths)  # (R,), how far a ring has turned
-        self.chains = prior(kind, (sum(lengths), *image_shape), generator, device)  # (slots, C, H, W)
+        self.lengths = torch.tensor(lengths, device=device)      # (R,)
+        self.first = self.lengths.cumsum(0) - self.lengths       # (R,), the first slot of a ring
+        self.head = torch.zeros_like(self.lengths)               # (R,), the next chain in a ring
+        self.chains = prior(kind, (sum(lengths), *image_shape), generator, device)  # (N, C, H, W)
 
     def draw(self, ring, generator=None):
-        """Take one chain for each entry of `ring` (B,); returns x (B, C, H, W) and the slots (B,) to store it in."""
+        """A chain for each entry of `ring` (B,): x (B, C, H, W), and the slots (B,) to store it."""
         member = F.one_hot(ring, len(self.lengths))  # (B,) -> (B, R)
-        rank = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B, R) -> (B,): 0, 1, ... within a ring
-        slot = self.first[ring] + (self.head[ring] + rank) % self.lengths[ring]  # (B,)
+        order = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B,): 0, 1 ... in a ring
+        slot = self.first[ring] + (self.head[ring] + order) % self.lengths[ring]  # (B,)
         self.head = (self.head + member.sum(0)) % self.lengths
         x = self.chains[slot]  # (B, C, H, W)
         fresh = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device) < self.reinit
         return torch.where(fresh, prior(self.kind, x.shape, generator, x.device), x), slot
 
     def store(self, slot, x):
-        """Put chains x (B, C, H, W) back into the slots (B,) they were drawn from."""
+        """Put the chains x (B, C, H, W) back into the slots (B,) that they were drawn from."""
         self.chains[slot] = x
 
-    def mend(self, generator=None):
-        """Replace chains that hold anything but pixel values by fresh ones."""
-        broken = ~(self.chains.abs() <= 1).all(dim=(1, 2, 3), keepdim=True)  # (slots, 1, 1, 1); also where it is NaN
-        self.chains = torch.where(broken, prior(self.kind, self.chains.shape, generator, self.chains.device), self.chains)
-
     def state_dict(self):
-        return {'chains': self.chains, 'head': self.head, 'lengths': self.lengths}
+        return {'chains': self.chains.cpu(), 'head': self.head.cpu(), 'lengths': self.lengths.cpu()}
 
     def load_state_dict(self, state):
-        if state['chains'].shape != self.chains.shape or not torch.equal(state['lengths'].cpu(), self.lengths.cpu()):
-            raise ValueError('the chains are of another reservoir')
-        self.chains, self.head = (state[key].to(self.head.device) for key in ('chains', 'head'))
+        """Take over saved chains, ring by ring: exactly where the rings are as long as they were,
+        else each ring is filled with the saved chains of its class in turn."""
+        rings = state['chains'].split(state['lengths'].tolist())  # R times (n, C, H, W)
+        chains = [ring[torch.arange(length) % len(ring)]
+                  for ring, length in zip(rings, self.lengths.tolist(), strict=True)]
+        self.chains = torch.cat(chains).to(self.chains)  # (N, C, H, W)
+        self.head = state['head'].to(self.head) % self.lengths
 
-    def deal(self, states, hand, hands):
-        """Take over the chains of other reservoirs (their state dictionaries) when they are dealt out anew, ring by ring, to
-        `hands` reservoirs of which this is number `hand`. A longer ring than before gets some chains twice."""
-        parts = [state['chains'].split(state['lengths'].tolist()) for state in states]  # a tuple of R rings each
-        rings = [torch.cat(ring) for ring in zip(*parts)]  # (slots in all, C, H, W) each
-        dealt = [ring[(hand + hands * torch.arange(length)) % len(ring)]
-                 for ring, length in zip(rings, self.lengths.tolist(), strict=True)]
-        self.chains = torch.cat(dealt).to(self.head.device)  # (slots, C, H, W)
+
+def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kind='mixed',
+                   generator=None):
+    """The chains of `train.py --init`, on the device of `labels` (N,): a ring for each class.
+
+    reservoir: as many slots as the class is frequent, so that all chains are revisited equally
+        often; a batch has 16 images of a rarer class only by an odd chance.
+    persistent: as many slots as a batch may need, never afresh. noise: the same, always afresh.
+    """
+    share = labels.bincount() / len(labels)  # (R,)
+    lengths = (share * slots).ceil().long().clamp_min(min(16, batch_size)).tolist()
+    if init != 'reservoir':
+        lengths, reinit = [batch_size] * len(share), float(init == 'noise')
+    return Reservoir(lengths, image_shape, reinit, kind, generator, labels.device)
+
+
+class CudaGraph:
+    """A function of tensors that a GPU replays as one CUDA graph: no Python between SGLD steps.
+
+    The first call records its kernels. If they cannot be recorded, a line says so and the function
+    is called as it is. The function must do the same in every call and read nothing back from the
+    GPU. Weights may change in place, and `generator` goes on as it would without the graph.
+    """
+
+    def __init__(self, function, generator):
+        self.function, self.generator = function, generator
+        self.graph, self.recordable = None, True
+
+    def __call__(self, *inputs):
+        if self.recordable and self.graph is None:
+            self.record(inputs)
+        if self.graph is None:
+            return self.function(*inputs)
+        for own, given in zip(self.inputs, inputs, strict=True):
+            own.copy_(given)
+        self.graph.replay()
+        return self.result.clone()  # the next replay overwrites it
+
+    def record(self, inputs):
+        self.inputs = [x.clone() for x in inputs]  # the graph reads its inputs here
+        state, spare = self.generator.get_state(), self.generator.clone_state()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # a first call sets up libraries, which is not to be recorded
+            self.function(*self.inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        self.generator.set_state(state)
+        graph = torch.cuda.CUDAGraph()
+        gc.collect()  # freeing another graph during the recording would spoil it
+        try:
+            if torch.__version__ < '2.14':  # newer versions find the generator themselves
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph):
+                self.result = self.function(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            self.generator.graphsafe_set_state(spare)  # the old one still believes in a recording
+            self.recordable = False
+            print(f'no CUDA graph, plain chains instead: {str(error).splitlines()[0]}')
