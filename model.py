@@ -8,7 +8,6 @@ One network gives K logits f(x)[y], and everything else follows from them (Grath
     p(y|x)  = softmax_y f(x)[y]           classifier: the normalising constant of p(x, y) cancels
 
 Low energy = likely = in-distribution. With K = 1 the model is a plain EBM without labels.
-Below the model is what all scripts share: checkpoints, flags, devices, several processes.
 """
 import argparse
 import contextlib
@@ -42,8 +41,7 @@ class EnergyModel(nn.Module):
     """A network `features`, one linear layer, and the energies of its logits.
 
     Args:
-        num_classes: K, the number of logits; 1 is a plain EBM.
-        channels: C, 1 for grey, 3 for RGB.
+        num_classes, channels: K, 1 for a plain EBM; C, 1 for grey and 3 for RGB.
         width: feature maps of the first convolution.
         precision: 'fp32', or 'bf16' for bfloat16 convolutions. Energies are float32 either way.
     """
@@ -54,8 +52,7 @@ class EnergyModel(nn.Module):
         self.precision = precision
         self.features = swish_cnn(channels, width)
         self.head = nn.Linear(4 * width, num_classes)
-        # E(x) starts near 0, the value to which the L2 term of train.py pulls it.
-        nn.init.constant_(self.head.bias, -math.log(num_classes))
+        nn.init.constant_(self.head.bias, -math.log(num_classes))  # E(x) starts near 0
         self.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
 
     def get_logits(self, x):
@@ -77,7 +74,6 @@ class EnergyModel(nn.Module):
 
 def swish_cnn(channels, width):
     """Five convolutions with Swish and an average pool: (B, C, H, W) -> (B, 4 * width).
-
     Swish is smooth, because SGLD follows dE/dx. There is no batch normalisation: the energy of an
     image must not depend on the other images in its batch."""
     return nn.Sequential(                                                     # (B, C, 56, 56)
@@ -109,9 +105,9 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
-    """Write a checkpoint to an open binary file. The dict below is the whole format: `args` are
-    all flags as plain values, `data` is `Data.describe()`, `sampler` holds the arguments of
-    `chain_settings`, `epoch` counts finished epochs, `run` is for --resume (last.pt only)."""
+    """Write a checkpoint to an open binary file. The dict below is the whole format: all flags as
+    plain values, `Data.describe()`, what `chain_settings` needs, and in last.pt what --resume does.
+    """
     checkpoint = {'network': str(model), 'settings': model.settings, 'weights': model.state_dict(),
                   'class_names': data['class_names'] if model.settings['num_classes'] > 1 else [],
                   'args': args, 'data': data, 'sampler': sampler, 'epoch': epoch, 'run': run}
@@ -138,7 +134,7 @@ def load_model(path, device='cpu', precision='fp32'):
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 
-# --- flags, mistakes and devices ----------------------------------------------------------------
+# --- flags, devices and mistakes ----------------------------------------------------------------
 
 class CommandLine(argparse.ArgumentParser):
     """argparse with the flags that all scripts share and with mistakes told in one line."""
@@ -160,7 +156,8 @@ class CommandLine(argparse.ArgumentParser):
             args.precision = 'bf16' if has_bf16(args.device) else 'fp32'
         return args
 
-    error = staticmethod(lambda message: fail(message))
+    def error(self, message):  # one line instead of argparse's usage
+        fail(message)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -174,9 +171,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def number(kind, low, high=math.inf):
     """argparse type: an int or float (`kind`) from `low` to `high`."""
     def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f'{text} is not a number from {low} to {high}')
-        return kind(text)
+        if low <= kind(text) <= high:
+            return kind(text)
+        raise argparse.ArgumentTypeError(f'{text} is not a number from {low} to {high}')
     return number
 
 
@@ -197,8 +194,7 @@ def has_bf16(device):
     return device.type == 'cpu' and bool(torch.cpu.get_capabilities().get('avx512_bf16'))
 
 
-def fail(message):
-    """Tell a user's mistake in one line and exit with status 2."""
+def fail(message):  # a user's mistake
     print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr)
     sys.exit(2)
 
@@ -228,8 +224,7 @@ def ranks():
 
 
 def average(tensors):
-    """Replace tensors by their means over all ranks. (DistributedDataParallel rules out a loss with
-    an autograd.grad inside.)"""
+    """Means over the ranks, in place: DistributedDataParallel allows no autograd.grad in a loss."""
     for tensor in tensors if ranks() > 1 else []:
         dist.all_reduce(tensor)
         tensor /= ranks()

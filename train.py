@@ -50,7 +50,7 @@ def parse_args(argv=None):
     weight, share = number(float, 0, 1e9), number(float, 0, 1)
     flag = parser.add_argument
     flag('--data', default='letterpress', help='name or path of the data set, see data.py')
-    flag('--data-root', default='.data', help='folder of downloads and of letterpress')
+    flag('--data-root', type=os.path.realpath, default='.data', help='downloads and letterpress')
     flag('--image-size', type=number(int, 16, 4096), help='default: that of the data set')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_mutually_exclusive_group().add_argument
@@ -84,17 +84,16 @@ def parse_args(argv=None):
     flag('--noise', type=weight, default=.02, help='standard deviation in an SGLD step')
     flag('--grad-clip', type=weight, help='clamps each element of dE/dx, e.g. at .03')
     flag('--graph', action=switch, default=True, help='run chains on a GPU as one CUDA graph')
-
     args = parser.parse_args(argv)
     if args.resume:  # the flags of the run in --out; the command may change those in `free`
         free = {'epochs', 'picture_every', 'graph', 'data', 'data_root'}
         saved = load_model(args.out / 'last.pt')[1]['args']
         for key in ('resume', 'overwrite', 'out', 'device'):
-            del saved[key]
+            del saved[key]  # this command's own
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
-            parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave the flag out')
+            parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
     if args.conditional is None:
         args.conditional = args.model == 'jem'
     if not args.px_weight and not args.pyx_weight:
@@ -103,7 +102,6 @@ def parse_args(argv=None):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0')
     if args.data not in NAMES and os.path.isdir(args.data):
         args.data = os.path.realpath(args.data)  # so that ood.py finds it from every folder
-    args.data_root = os.path.realpath(args.data_root)
     return args
 
 
@@ -188,14 +186,14 @@ def train(args, data):
                'slope': args.slope, 'pixels': image_shape.numel()}
     facts = {'args': {**vars(args), 'out': str(args.out), 'device': str(device)},
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
-    settings = chain_settings(sampler, 'training')
 
     def energy(x, y):
         """What chains follow. With y as frequent as in the data, x ~ p(x|y) is x ~ p(x)."""
         return model.energy(x, y if args.conditional else None)  # (B, C, H, W), (B,) -> (B,)
 
     def sample(start, y):
-        return sgld(partial(energy, y=y), start, generator=generator, **settings)
+        return sgld(partial(energy, y=y), start, generator=generator,
+                    **chain_settings(sampler, 'training'))
 
     if device.type == 'cuda' and args.graph:
         sample = CudaGraph(sample, generator)
