@@ -98,7 +98,7 @@ def start_noise(count, checkpoint, args):
 
 
 def image_shape(checkpoint):
-    return checkpoint['data']['image_shape']  # (C, H, W)
+    return tuple(checkpoint['data']['image_shape'])  # (C, H, W)
 
 
 # --- energies -----------------------------------------------------------------------------------------------------------

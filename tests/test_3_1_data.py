@@ -1,5 +1,8 @@
-"""What images are, how sets are read, and that nothing is half written."""
+"""Course task 3.1: what images are, how sets are read, OOD sets, and the files that are written."""
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,7 @@ from PIL import Image
 from torchvision.datasets import MNIST
 
 import data
-from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_image, same_data, to_float,
+from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_image, to_float,
                   to_uint8)
 
 
@@ -84,15 +87,27 @@ def test_hidden_files_and_links(glyphs, tmp_path):
     assert len(images) == len(names) == 16 and r'b\xff' in names[-1] and all('.ipynb' not in name for name in names)
 
 
-def test_signature_tells_data_apart(glyphs):
-    """Data are the same to it after a change of rounding, and others with another order, label or ink."""
-    loaded, again, other = (load_data(str(glyphs), 16) for _ in range(3))
-    again.train.images[::2] -= (again.train.images[::2] > 0).byte()  # half of the images a level darker
-    assert same_data(loaded.signature(), again.signature())
-    other.val.labels[[0, 1]] = other.val.labels[[1, 0]]
-    assert not same_data(loaded.signature(), other.signature())
-    again.train.images.clamp_(max=200)
-    assert not same_data(loaded.signature(), again.signature())
+def test_data_must_be_like_those_of_a_checkpoint(glyphs, tmp_path):
+    """`like` gives the image size, and other classes, counts or channels are refused by name."""
+    described = load_data(str(glyphs), 20).describe()
+    assert described['image_shape'] == [1, 20, 20] and described['class_counts']['val'] == [8, 8, 8]
+    assert load_data(str(glyphs), like=described).train.images.shape == (60, 1, 20, 20)
+    for key, value in {'class_names': ['a', 'b', 'c'], 'image_shape': [3, 20, 20], 'class_counts': {}}.items():
+        with pytest.raises(DataError, match=key.replace('_', ' ')):
+            load_data(str(glyphs), like={**described, key: value})
+
+
+def test_float_images_are_not_mapped_twice():
+    """to_float takes uint8 only."""
+    with pytest.raises(TypeError, match='float'):
+        to_float(torch.zeros(1, 1, 4, 4))
+
+
+def test_the_callers_plots_stay_on():
+    """Importing the project changes no matplotlib backend."""
+    code = 'import matplotlib; matplotlib.use("svg"); import data; print(matplotlib.get_backend())'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=Path(data.__file__).parent)
+    assert done.stdout.strip() == 'svg', done.stderr
 
 
 def test_folder_with_its_own_splits(tmp_path):

@@ -1,4 +1,4 @@
-"""generate.py through its command line, and the laws behind its modes."""
+"""Course task 3.5: generate.py through its command line, and the laws behind its modes."""
 import csv
 
 import numpy as np
@@ -10,7 +10,7 @@ import data
 import generate
 import train
 from conftest import QUICK, bars
-from model import load_model, read_checkpoint
+from model import load_model
 from sampler import sgld
 
 CPU = ['--device', 'cpu', '--precision', 'fp32']
@@ -26,7 +26,9 @@ LENGTHS = {'samples': 8, 'chain': 2 * 5, 'interpolate': 9, 'reconstruct': 3 * 5,
 def plain(trained, tmp_path_factory):
     """The checkpoint of the bars with plain SGLD settings, large enough for its chains to get somewhere."""
     path = tmp_path_factory.mktemp('plain') / 'plain.pt'
-    torch.save({**read_checkpoint(trained / 'best.pt'), 'sampler': {'step_size': 20., 'noise': .01}}, path)
+    checkpoint = load_model(trained / 'best.pt')[1]
+    checkpoint['sampler'].update(step_size=20., noise=.01, matching=0.)
+    torch.save(checkpoint, path)
     return path
 
 
@@ -80,7 +82,7 @@ def test_image_7_is_image_7(plain, tmp_path):
     assert len(many) == 40 and np.array_equal(few, many[:8])
     assert len(np.unique(many.reshape(40, -1), axis=0)) == 40
     args = generate.parse_args(['--ckpt', 'x', '--seed', '1'])
-    checkpoint = read_checkpoint(plain)
+    checkpoint = load_model(plain)[1]
     _, other_seed = generate.start_noise(8, checkpoint, args)
     args.seed = 0
     streams, z = generate.start_noise(8, checkpoint, args)
@@ -163,7 +165,7 @@ def test_mean_fill_and_psnr():
 
 def test_images_are_told_their_class(plain):
     """Test images come with their own labels, --classes overrules them, and a class of a file is what --classes says."""
-    checkpoint = read_checkpoint(plain)
+    checkpoint = load_model(plain)[1]
     told = []
     for flags in ([], ['--classes', 'lean']):
         args = generate.parse_args(['--ckpt', 'x', '--mode', 'inpaint', '--images', '24', '--device', 'cpu', *flags])
@@ -245,7 +247,7 @@ def test_marginal_gradient_is_the_mean_of_the_conditional_ones(plain, tmp_path):
     Image.fromarray(bars(1, 5)[0][0].clip(0, 255).astype(np.uint8)).save(image)
     maps = run(plain, tmp_path, '--start', image, '--classes', 0, 1, 2, npy='concepts')  # (4, 1, 16, 16)
     args = generate.parse_args(['--ckpt', 'x', '--mode', 'concepts', '--start', str(image), '--device', 'cpu'])
-    x, given = generate.given_images(read_checkpoint(plain), args)
+    x, given = generate.given_images(load_model(plain)[1], args)
     assert given == ()  # nobody knows the class of a file
     p = model.get_logits(x).softmax(1).view(3, 1, 1, 1).numpy()  # (1, K) -> (K, 1, 1, 1)
     assert abs(maps[0]).max() > 0
@@ -341,8 +343,8 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
     """With test images in place of samples, an honest judge sees all of them as it sees other test images; with noise it
     does not. The judge must know the same classes from the same split."""
     judge = tmp_path / 'judge'
-    train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '40',
-                '--lr', '.01', '--warmup', '1', '--picture-every', '40'])
+    train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '60',
+                '--lr', '.003', '--picture-every', '40'])
     flags = ['--ckpt', str(trained / 'best.pt'), '--mode', 'evaluate', '--judge', str(judge / 'best.pt'), *SHORT]
 
     def agreement():
