@@ -16,6 +16,7 @@ import math
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -101,13 +102,12 @@ class FirstConv2d(nn.Conv2d):
 # --- checkpoints --------------------------------------------------------------------------------
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be used. The message names the file and the way out."""
+    """A checkpoint cannot be used; the message names it and the way out."""
 
 
 def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
-    """Write a checkpoint to an open binary file. The dict below is the whole format: all flags as
-    plain values, `Data.describe()`, what `chain_settings` needs, and in last.pt what --resume does.
-    """
+    """Write a checkpoint to an open binary file; the dict below is the whole format. args: all flags;
+    data: `Data.describe()`; sampler: for `chain_settings`; run: for --resume."""
     checkpoint = {'network': str(model), 'settings': model.settings, 'weights': model.state_dict(),
                   'class_names': data['class_names'] if model.settings['num_classes'] > 1 else [],
                   'args': args, 'data': data, 'sampler': sampler, 'epoch': epoch, 'run': run}
@@ -120,8 +120,9 @@ def load_model(path, device='cpu', precision='fp32'):
     """The network of a checkpoint, frozen, and the dict of `save_checkpoint`. No file can run code.
     Raises CheckpointError if the file cannot be used, or if model.py has changed since."""
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-        model = EnergyModel(**checkpoint['settings'], precision=precision)
+        with warnings.catch_warnings(action='ignore'):  # about files of other programs
+            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+            model = EnergyModel(**checkpoint['settings'], precision=precision)
         same_network = str(model) == checkpoint['network']
         if same_network:
             model.load_state_dict(checkpoint['weights'])
@@ -136,28 +137,31 @@ def load_model(path, device='cpu', precision='fp32'):
 
 # --- flags, devices and mistakes ----------------------------------------------------------------
 
+def fail(message):
+    """Tell a user's mistake in one line."""
+    print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr)
+    sys.exit(2)
+
+
 class CommandLine(argparse.ArgumentParser):
     """argparse with the flags that all scripts share and with mistakes told in one line."""
-
+    error = staticmethod(fail)
     def __init__(self, description):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
         group = self.add_argument_group('machine')
         group.add_argument('--seed', type=number(int, 0, 2**32 - 1), default=0, help='random seed')
-        group.add_argument('--device', type=choose_device, default='auto',
-                           help='auto (the fastest that works), cpu, cuda, cuda:1 or mps')
+        group.add_argument('--device', type=choose_device, default='auto', help='auto (the fastest '
+                           'that works), cpu, cuda, cuda:1 or mps')
         group.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
-                           help='of the convolutions; auto is bf16 where the hardware has it')
+                           help='of the convolutions; auto is bf16 where it is fast')
 
     def parse_args(self, argv=None):
         args = super().parse_args(argv)
-        if os.path.exists(args.out) and not os.access(args.out / '.', os.W_OK):
+        if os.path.exists(args.out) and not os.access(os.path.join(args.out, '.'), os.W_OK):
             self.error(f'--out {args.out}: no folder that can be written; name another one')
         if args.precision == 'auto':
             args.precision = 'bf16' if has_bf16(args.device) else 'fp32'
         return args
-
-    def error(self, message):  # one line instead of argparse's usage
-        fail(message)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -181,9 +185,8 @@ def choose_device(text):
     """argparse type: the torch.device of this name if it computes; auto: the fastest that does."""
     for name in ['cuda', 'mps', 'cpu'] if text == 'auto' else [text]:
         with contextlib.suppress(RuntimeError, AssertionError):
-            device = torch.device(name)
-            torch.ones(1, device=device).add(1).item()  # the driver or the wheel may not fit
-            return device
+            torch.ones(1, device=name).add(1).item()  # the driver or the wheel may not fit
+            return torch.device(name)
     raise argparse.ArgumentTypeError(f'{text} does not work on this machine; use --device cpu')
 
 
@@ -194,18 +197,15 @@ def has_bf16(device):
     return device.type == 'cpu' and bool(torch.cpu.get_capabilities().get('avx512_bf16'))
 
 
-def fail(message):  # a user's mistake
-    print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr)
-    sys.exit(2)
-
-
 @contextlib.contextmanager
 def user_mistakes(*kinds):
     """Tell these exceptions in one line, status 2. Ctrl-C exits with 130, SIGTERM with 143."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
-    except (CheckpointError, OSError, MemoryError, torch.OutOfMemoryError, *kinds) as error:
+    except (CheckpointError, OSError, MemoryError, RuntimeError, *kinds) as error:
+        if isinstance(error, RuntimeError) and 'allocate' not in str(error):
+            raise  # a bug, not too little memory
         fail(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -37,8 +37,7 @@ from sampler import CudaGraph, chain_settings, make_reservoir, prior, sgld
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
 RETREAT, MOST_TRIPS = .3, 4  # of the guard: factor on the learning rate, and how often
-# Columns of log.csv. NUMBERS are measured in every update; loss_px is E(data) - E(samples).
-EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']
+EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
 NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'train_accuracy',
            'loss_matching', 'loss_reg', 'loss', 'grad_norm']
 SCORES = ['val_accuracy', 'val_auprc', 'val_auroc', 'energy_noise', 'score']
@@ -80,7 +79,7 @@ def parse_args(argv=None):
     flag('--reservoir', type=count, default=2048, help='stored chains, at least 16 a class')
     flag('--reinit', type=share, default=.05, help='share of them that starts afresh')
     flag('--sgld-steps', type=count, default=20, help='K, SGLD steps in an update')
-    flag('--step-size', type=weight, help='default: .1 * pixels / slope')
+    flag('--step-size', type=number(float, 1e-9), help='default: .1 * pixels / slope')
     flag('--noise', type=weight, default=.02, help='standard deviation in an SGLD step')
     flag('--grad-clip', type=weight, help='clamps each element of dE/dx, e.g. at .03')
     flag('--graph', action=switch, default=True, help='run chains on a GPU as one CUDA graph')
@@ -94,8 +93,7 @@ def parse_args(argv=None):
         args = parser.parse_args(argv)
         for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
             parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
-    if args.conditional is None:
-        args.conditional = args.model == 'jem'
+    args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
     if not args.px_weight and not args.pyx_weight:
         parser.error('--px-weight 0 and --pyx-weight 0 leave nothing to learn; leave one out')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
@@ -108,7 +106,7 @@ def parse_args(argv=None):
 # --- the losses ---------------------------------------------------------------------------------
 
 def px_step(energy_real, energy_synth):
-    """The contrastive loss, with the gradient of -log p(x): energies (B,) and (B,) -> scalar.
+    """The energy gap, whose gradient is that of -log p(x): energies (B,) and (B,) -> scalar.
 
         grad -log p(x) = grad E(x) - E_{x' ~ p}[grad E(x')]
 
@@ -167,7 +165,6 @@ def train(args, data):
         split.labels = torch.zeros_like(split.labels)  # one logit, no labels
     ring = split.labels if args.conditional else torch.zeros_like(split.labels)  # (N,)
     image_shape, batch = split.images.shape[1:], args.batch_size // ranks()
-
     torch.manual_seed(args.seed)  # the initial weights
     generator = torch.Generator(device).manual_seed(args.seed + 10 ** 6 * rank())  # all the rest
     model = EnergyModel(num_classes, image_shape[0], args.width, args.precision).to(device)
@@ -179,8 +176,7 @@ def train(args, data):
                                args.reinit, args.prior, generator)
     state = {'model': model, 'averaged': averaged, 'optimizer': optimizer, 'reservoir': reservoir,
              'generator': generator}
-    history = {'epoch': 0, 'step': 0, 'seconds': 0., 'lr': 0., 'event': '', 'trips': 0,
-               'epochs': [], 'updates': []}
+    history = dict(epoch=0, step=0, seconds=0., lr=0., event='', trips=0, epochs=[], updates=[])
     sampler = {'steps': args.sgld_steps, 'step_size': args.step_size, 'noise': args.noise,
                'grad_clip': args.grad_clip, 'matching': args.px_weight * args.matching,
                'slope': args.slope, 'pixels': image_shape.numel()}
@@ -270,8 +266,7 @@ def train(args, data):
 
 
 def batches(count, args, epoch):
-    """Shuffled positions (B,), each rank its share of a batch. The order is the same in all ranks
-    and after --resume; images that do not fill a batch are left out until the next epoch."""
+    """Shuffled positions (B,), the same after --resume; each rank gets its share of a batch."""
     generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
     order = torch.randperm(count, generator=generator).to(args.device)  # (N,)
     for batch in order.split(args.batch_size)[:count // args.batch_size]:
@@ -404,20 +399,25 @@ def load_run(state, history, args, data):
     checkpoint = load_model(args.out / 'last.pt')[1]
     if checkpoint['data'] != data.describe():
         raise CheckpointError(f'--data {args.data} has changed since the run began; restore it')
-    run = checkpoint['run']
-    for name in ('model', 'averaged', 'optimizer'):
-        state[name].load_state_dict(run[name])
-    history.update(run['history'])
-    own = run['ranks'][rank() % len(run['ranks'])]
-    state['reservoir'].load_state_dict(own['reservoir'])
-    if len(run['ranks']) == ranks() and own['device'] == args.device.type:
-        state['generator'].set_state(own['generator'])
+    try:
+        run = checkpoint['run']
+        for name in ('model', 'averaged', 'optimizer'):
+            state[name].load_state_dict(run[name])
+        history.update(run['history'])
+        own = run['ranks'][rank() % len(run['ranks'])]
+        state['reservoir'].load_state_dict(own['reservoir'])
+        if len(run['ranks']) == ranks() and own['device'] == args.device.type:
+            state['generator'].set_state(own['generator'])
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise CheckpointError(f'{args.out}/last.pt holds no run; use --overwrite') from error
 
 
 def check(args, data):
     """Refuse what cannot work, and neither overwrite nor continue a run unasked."""
     if args.batch_size % ranks() or args.batch_size > len(data.train):
         fail(f'--batch-size: a multiple of {ranks()} processes, at most {len(data.train)} images')
+    if args.model == 'jem' and len(data.class_names) < 2:
+        fail(f'--data {args.data} has one class only, and a JEM needs two; use --model ebm')
     check_apart(args.out, args.data)
     names = ['best.pt', 'last.pt', 'log.csv', 'updates.csv', 'curves.png', 'samples/epoch_*.png']
     there = [path for name in names for path in args.out.glob(name)]

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts stand beside t
 import generate  # noqa: E402
 import ood  # noqa: E402
 import train  # noqa: E402
-from model import read_checkpoint  # noqa: E402
+from model import load_model  # noqa: E402
 
 EPOCHS = 8
 DIGITS = ['--data', 'digits', '--device', 'cpu', '--precision', 'fp32', '--width', '8', '--batch-size', '64',
@@ -77,10 +77,10 @@ def unreadable(folder):
     for path in folder.rglob('[!.]*'):
         try:
             if path.suffix == '.pt':
-                read_checkpoint(path)
+                load_model(path)
             elif path.suffix == '.png':
                 Image.open(path).load()
-            elif path.suffix == '.csv':
+            elif path.name == 'log.csv':
                 assert [row['epoch'] for row in read_log(path)] == [str(i + 1) for i in range(len(read_log(path)))]
         except Exception:
             broken.append(path)
@@ -105,7 +105,7 @@ def same(a, b):
 def equal(whole, parts):
     """Whether two finished runs are the same run."""
     pictures = [path.relative_to(whole) for path in whole.rglob('*.png')]
-    return (all(same(read_checkpoint(whole / name), read_checkpoint(parts / name)) for name in ('last.pt', 'best.pt'))
+    return (all(same(torch.load(whole / name, weights_only=True), torch.load(parts / name, weights_only=True)) for name in ('last.pt', 'best.pt'))
             and read_log(whole / 'log.csv') == read_log(parts / 'log.csv')
             and all((whole / name).read_bytes() == (parts / name).read_bytes() for name in pictures))
 

@@ -1,8 +1,8 @@
 """Course task 3.3, SGLD and the reservoir: laws of sampler.py in the order in which it is built.
 
 First one step and the law that many steps follow, then what else a chain must and must not do, then
-its settings, its starts and the reservoir. Most energies here are quadratic, E(x) = |x|^2 / (2 s^2):
-the chain x <- (1 - a) x + n xi with a = step_size / s^2 is linear, and its law is known exactly.
+its settings, its starts and the reservoir. Most energies here are |x|^2 / (2 s^2). Their chains are
+x <- (1 - a) x + n xi with a = step_size / s^2: linear, so that their law is known exactly.
 """
 import math
 
@@ -275,20 +275,22 @@ def test_priors_of_the_course():
 
 def test_mixed_prior_is_half_gaussian_and_half_grainy():
     """Whole images are one or the other."""
-    gaussian = power_of('mixed') < .02  # grainy ones have .1 and more
+    power = power_of('mixed')
+    gaussian = power < .02  # grainy ones have .1 and more
     assert abs(gaussian.float().mean() - .5) < 3 * .5 / 2000 ** .5
-    assert_close(power_of('mixed')[gaussian].mean(), torch.tensor(.01), 'the gaussian ones')
+    assert abs(power[gaussian].mean() - .01) < 3e-4 and power[~gaussian].min() > .1
 
 
 @pytest.mark.parametrize('kind', ['gaussian', 'uniform', 'grainy', 'mixed'])
 def test_starts_hang_on_their_generator(kind):
-    """The same seed gives the same images, of any shape; one image is not the next."""
-    for shape in ((3, 2, 5, 9), (3, 1, 16, 7), (2, 1, 1, 1)):
+    """The same seed gives the same images, of any shape; another seed gives others."""
+    for shape in ((3, 2, 5, 9), (3, 1, 16, 7), (9, 1, 1, 1)):
         x = prior(kind, shape, seeded())
         assert x.shape == shape and x.dtype == torch.float32
         assert torch.equal(x, prior(kind, shape, seeded()))
         assert not torch.equal(x, prior(kind, shape, seeded(1)))
-    assert len(prior(kind, (9, 1, 8, 8), seeded()).unique(dim=0)) == 9
+    different = len(prior(kind, (50, 1, 8, 8), seeded()).unique(dim=0))
+    assert different > 35, 'images of a batch differ; of grainy ones a few are all black or white'
 
 
 def test_unknown_prior_is_an_error():

@@ -343,8 +343,8 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
     """With test images in place of samples, an honest judge sees all of them as it sees other test images; with noise it
     does not. The judge must know the same classes from the same split."""
     judge = tmp_path / 'judge'
-    train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '60',
-                '--lr', '.003', '--picture-every', '40'])
+    train.main(['--data', str(glyphs), '--out', str(judge), *QUICK, '--px-weight', '0', '--width', '6', '--epochs', '90',
+                '--lr', '.01', '--picture-every', '90'])
     flags = ['--ckpt', str(trained / 'best.pt'), '--mode', 'evaluate', '--judge', str(judge / 'best.pt'), *SHORT]
 
     def agreement():
@@ -356,5 +356,5 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
     assert noise['samples'] < .7 < .9 < noise['more real']
     test = data.load_data(str(glyphs), 16).test
     picked, _ = generate.paired_halves(test.labels, 500, 0)
-    monkeypatch.setattr(generate, 'draw', lambda *_: generate.Chains(test.batch(picked)[0], None, None))
+    monkeypatch.setattr(generate, 'draw', lambda *_, **__: generate.Chains(test.batch(picked)[0], None, None))
     assert agreement()['samples'] > .9

@@ -1,6 +1,10 @@
-"""Laws of what differs on a GPU: a chain recorded as a CUDA graph, and updates that never wait for the CPU. Without a GPU the
-graph is one on paper; what needs a real one is skipped."""
+"""What a GPU changes: a chain replayed as a CUDA graph, and updates for which the CPU never waits.
+
+Without a GPU the graph is one on paper; the tests that need a real one are skipped.
+"""
 import contextlib
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,171 +17,273 @@ import ood
 import train
 from conftest import QUICK, bars
 from data import Data, Split
-from model import join_ranks
-from sampler import Recorded
+from model import EnergyModel
+from sampler import CudaGraph, Reservoir, sgld
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 
 
+# --- a CUDA graph on paper ------------------------------------------------------------------------
+
 class PaperGraph:
-    """What a CUDA graph is, on the CPU: calls of kernels, with the tensors that they read and write."""
+    """What a CUDA graph is, on the CPU: kernels, and the memory that they read and write."""
 
     def __init__(self):
         self.calls = []
 
     def register_generator_state(self, generator):
-        self.generator = generator
+        pass
 
     @torch.no_grad()
     def replay(self):
         for function, args, kwargs, results in self.calls:
-            for old, new in zip(results, tree_leaves(function(*args, **kwargs))):
+            for old, new in zip(results, tree_leaves(function(*args, **kwargs)), strict=True):
                 if torch.is_tensor(new):
                     old.copy_(new)
 
 
-class Paper(TorchDispatchMode):
-    """Writes into a PaperGraph what is called. Recording draws no random numbers on a GPU, so none are spent here."""
+class Recording(TorchDispatchMode):
+    """Writes into a PaperGraph what is called. Like a GPU's, a recording draws no random numbers,
+    and if it fails, torch.cuda.graph leaves its own stream the current one."""
+
+    fails = False
 
     def __init__(self, graph):
         super().__init__()
-        self.graph = graph
+        self.graph, self.states = graph, {}
 
     def __enter__(self):
-        self.state = self.graph.generator.get_state()
+        PaperStream.current = 'recording'
         return super().__enter__()
 
     def __exit__(self, *error):
         super().__exit__(*error)
-        self.graph.generator.set_state(self.state)
+        for generator, state in self.states.items():
+            generator.set_state(state)
+        if self.fails:
+            for generator in self.states:
+                generator.recording = True
+            raise RuntimeError('operation not permitted when stream is capturing\nand more lines')
+        PaperStream.current = 'default'
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for value in tree_leaves([args, kwargs]):
+            if isinstance(value, torch.Generator):
+                self.states.setdefault(value, value.get_state())
         result = function(*args, **kwargs or {})
         self.graph.calls.append((function, args, kwargs or {}, tree_leaves(result)))
         return result
 
 
-class PaperStream:
+class PaperStream(contextlib.nullcontext):
+    """The current stream; `with torch.cuda.stream(s)` puts back the one that was current."""
+
+    current = 'default'
+
+    def __init__(self, name='side'):
+        self.name = getattr(name, 'name', name)
+
     def wait_stream(self, other):
         pass
+
+    def __enter__(self):
+        self.before, PaperStream.current = PaperStream.current, self.name
+
+    def __exit__(self, *error):
+        PaperStream.current = self.before
+
+
+class PaperGenerator(torch.Generator):
+    """After a failed recording, a GPU's generator refuses to work until it gets another state."""
+
+    recording = False
+
+    def get_state(self):
+        if self.recording:
+            raise RuntimeError('this generator believes in a recording')
+        return super().get_state()
+
+    def graphsafe_set_state(self, other):
+        self.recording = False
+        self.set_state(other.get_state())
 
 
 @pytest.fixture
 def paper(monkeypatch):
     """A CPU with CUDA graphs."""
-    made = {'CUDAGraph': PaperGraph, 'graph': Paper, 'Stream': PaperStream, 'current_stream': PaperStream,
-            'stream': contextlib.nullcontext}
-    for name, value in made.items():
+    monkeypatch.setattr(PaperStream, 'current', 'default')
+    for name, value in {'CUDAGraph': PaperGraph, 'graph': Recording, 'Stream': PaperStream,
+                        'current_stream': lambda: PaperStream(PaperStream.current),
+                        'stream': PaperStream}.items():
         monkeypatch.setattr(torch.cuda, name, value)
 
 
-def start_run(*flags):
-    """A run on 48 bars that has not done anything yet."""
-    images, labels = bars(48, 0)
-    images = torch.from_numpy(images).clamp(0, 255).byte()[:, None, :16, :16]  # (48, 1, 16, 16)
-    split = Split(images, torch.from_numpy(labels))
-    args = train.parse_args([*QUICK, *flags])
-    return train.Run(args, Data(split, split, split, ['stand', 'lie', 'lean'])), split.to(args.device)
+def draw_three_times(record, precision):
+    """Chains of three calls (3, B, C, H, W), and the next random number. Labels, starts and, in
+    place, the weights change from call to call."""
+    torch.manual_seed(0)
+    model, generator = EnergyModel(3, 1, 4, precision), PaperGenerator().manual_seed(1)
+
+    def sample(start, y):
+        return sgld(partial(model.energy, y=y), start, 3, 50., .02, generator=generator)
+
+    sample = record(sample, generator)
+    chains = []
+    for _ in range(3):
+        chains.append(sample(torch.rand(6, 1, 16, 16), torch.randint(3, (6,))))
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight += .1 * torch.randn_like(weight)
+    return torch.stack(chains), torch.rand(1, generator=generator)
 
 
-def update_three_times(run, split):
-    """Three updates with other images, labels and weights each; returns their numbers (3, L) and the chains."""
-    numbers = [train.update(run, *split.batch(torch.arange(i, i + 16, device=run.args.device))) for i in (0, 16, 32)]
-    return torch.stack(numbers), run.reservoir.chains
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_replayed_chains_are_the_plain_ones(paper, precision):
+    """A graph gives the bits of the function that it was recorded from, and keeps what it gave."""
+    chains, after = draw_three_times(CudaGraph, precision)
+    expected, after_plain = draw_three_times(lambda function, _: function, precision)
+    assert torch.equal(chains, expected) and torch.equal(after, after_plain)
 
 
-@pytest.mark.parametrize('flags', [[], ['--no-conditional', '--init', 'data'], ['--precision', 'bf16']])
-def test_recorded_chain_is_the_plain_one(paper, flags):
-    """With a graph, updates give the bits that they give without: labels, weights and noise are those of each call."""
-    plain = update_three_times(*start_run(*flags))
-    run, split = start_run(*flags)
-    run.recorded = Recorded(run.walk, run.generator)
-    for recorded, expected in zip(update_three_times(run, split), plain):
-        assert torch.equal(recorded, expected)
-    first = run.recorded(*split.batch(torch.arange(16)))
-    kept = first.clone()
-    assert not torch.equal(run.recorded(*split.batch(torch.arange(16))), kept) and torch.equal(first, kept)
+def test_a_chain_that_cannot_be_recorded_is_drawn_plainly(paper, monkeypatch, capsys):
+    """A failed recording costs one line: chains, random numbers and stream are as without one."""
+    monkeypatch.setattr(Recording, 'fails', True)
+    chains, after = draw_three_times(CudaGraph, 'fp32')
+    line = capsys.readouterr().out
+    assert line.count('\n') == 1 and 'no CUDA graph' in line and 'stream is capturing' in line
+    expected, after_plain = draw_three_times(lambda function, _: function, 'fp32')
+    assert torch.equal(chains, expected) and torch.equal(after, after_plain)
+    assert PaperStream.current == 'default'
 
 
-def test_a_chain_that_cannot_be_recorded_is_told(paper, monkeypatch, refused):
-    """The message names the way out; being out of memory is another mistake."""
-    def fail(graph):
-        raise RuntimeError('operation not permitted when stream is capturing\nCUDA kernel errors might be ...')
-    monkeypatch.setattr(torch.cuda, 'graph', fail)
-    run, split = start_run()
-    run.recorded = Recorded(run.walk, run.generator)
-    message = refused(lambda argv: update_three_times(run, split))
-    assert 'when stream is capturing; leave the CUDA graph out with --no-graph' in message
+# --- processes and waiting ------------------------------------------------------------------------
 
-
-def test_processes_talk_through_gloo_beside_nccl(monkeypatch):
-    """Numbers of the CPU travel between processes of any kind, those of a GPU through NCCL."""
+@pytest.mark.parametrize('device', ['cuda', 'cpu'])
+def test_processes_talk_through_gloo_beside_nccl(monkeypatch, device):
+    """Tensors of the CPU travel through gloo on every machine, those of a GPU through NCCL."""
     said = []
+
+    def stop(backend):
+        said.append(backend)
+        raise KeyboardInterrupt
+
     monkeypatch.setenv('LOCAL_RANK', '0')
-    monkeypatch.setattr(dist, 'init_process_group', said.append)
-    for device in ('cuda', 'cpu'):
-        join_ranks(torch.device(device))
-    gpu, cpu = (dist.distributed_c10d.BackendConfig(backend).get_device_backend_map() for backend in said)
-    assert (gpu['cpu'], gpu['cuda'], cpu['cpu']) == ('gloo', 'nccl', 'gloo')
+    monkeypatch.setattr(dist, 'init_process_group', stop)
+    monkeypatch.setattr(torch.cuda, 'set_device', said.append)
+    monkeypatch.setattr(train, 'parse_args', lambda _: SimpleNamespace(device=torch.device(device)))
+    with pytest.raises(SystemExit):
+        train.main()
+    backends = dist.distributed_c10d.BackendConfig(said.pop()).get_device_backend_map()
+    assert backends['cpu'] == 'gloo' and backends['cuda'] == ('nccl' if device == 'cuda' else 'gloo')
+    assert said == ([torch.device('cuda:0')] if device == 'cuda' else [])
 
 
 class NothingIsBrought(TorchDispatchMode):
-    """Fails where a tensor on the CPU is made into one on the device: a copy for which the CPU waits."""
+    """Fails where a tensor on the CPU is made into one on the device: the CPU waits for a copy."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **kwargs or {})
-        given, made = ([x for x in tree_leaves(tree) if torch.is_tensor(x)] for tree in ([args, kwargs], result))
+        given = [x for x in tree_leaves([args, kwargs]) if torch.is_tensor(x)]
+        made = [x for x in tree_leaves(result) if torch.is_tensor(x)]
         assert not (any(x.is_cpu for x in given) and any(x.is_meta for x in made)), function
         return result
 
 
-@pytest.mark.parametrize('flags', [[], ['--no-conditional', '--init', 'data']])
-def test_updates_do_not_wait(monkeypatch, flags):
-    """An update works on the device `meta`, whose tensors have no values: it reads no number back, and brings none along."""
+class Finished(Exception):
+    pass
+
+
+def update_three_times(monkeypatch, tmp_path, watch, device, *flags):
+    """Three updates on 48 bars; all but the first run while `watch`, a context manager, is open."""
+    images, labels = bars(48, 0)
+    images = torch.from_numpy(images).clamp(0, 255).byte()[:, None, :16, :16]  # (48, 1, 16, 16)
+    split = Split(images, torch.from_numpy(labels))
+
+    def batches(count, args, epoch):
+        index = torch.arange(16, device=device)
+        yield index  # the first update sets up libraries, and records the graph
+        for _ in range(2):
+            with watch():
+                yield index
+        raise Finished
+
+    monkeypatch.setattr(train, 'batches', batches)
+    args = train.parse_args([*QUICK, '--out', str(tmp_path), *flags])
+    args.device = torch.device(device)
+    with pytest.raises(Finished):
+        train.train(args, Data(split, split, split, ['stand', 'lie', 'lean']))
+
+
+@pytest.mark.parametrize('flags', [[], ['--no-conditional', '--init', 'data'], ['--px-weight', '0']])
+def test_updates_do_not_wait(monkeypatch, tmp_path, flags):
+    """Updates work on the device `meta`, whose tensors have no values: nothing is read back from
+    the device, and nothing is brought there."""
     generator, adam, exponential = torch.Generator, torch.optim.Adam, torch.Tensor.exponential_
-    monkeypatch.setattr(torch, 'Generator', lambda device: generator())  # what `meta` does not know
-    monkeypatch.setattr(torch, 'autocast', lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch.optim, 'Adam', lambda *args, fused, **settings: adam(*args, **settings))
-    monkeypatch.setattr(torch.Tensor, 'exponential_', lambda x, generator: exponential(x))
-    monkeypatch.setattr('model.device', lambda text: torch.device('meta'))
-    run, split = start_run(*flags, '--no-graph')
-    with NothingIsBrought():
-        numbers, chains = update_three_times(run, split)
-    assert numbers.is_meta and chains.is_meta
+    for owner, name, stand_in in [  # what `meta` does not know
+            (torch, 'Generator', lambda device: generator()),
+            (torch, 'autocast', lambda *_, **__: contextlib.nullcontext()),
+            (torch.optim, 'Adam', lambda *args, fused, **settings: adam(*args, **settings)),
+            (torch.Tensor, 'exponential_', lambda x, generator: exponential(x)),
+            (train, 'make_reservoir', lambda *_: Reservoir([16] * 3, (1, 16, 16), device='meta')),
+            (train, 'save_run', lambda *_: None)]:
+        monkeypatch.setattr(owner, name, stand_in)
+    update_three_times(monkeypatch, tmp_path, NothingIsBrought, 'meta', *flags)
+
+
+# --- on a real GPU --------------------------------------------------------------------------------
+
+@on_gpu
+@pytest.mark.parametrize('flag', ['--graph', '--no-graph'])
+def test_updates_do_not_wait_for_a_gpu(monkeypatch, tmp_path, flag):
+    """No call in an update, after the first, makes the CPU wait."""
+    @contextlib.contextmanager
+    def watch():
+        torch.cuda.set_sync_debug_mode('error')
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode('default')
+
+    update_three_times(monkeypatch, tmp_path, watch, 'cuda', flag)
 
 
 @on_gpu
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_graph_is_the_plain_chain_on_a_gpu(precision):
-    """The same numbers with and without the graph, as far as a GPU adds up in the same order; so the same law."""
-    flags = ['--device', 'cuda', '--precision', precision]
-    with torch.backends.cudnn.flags(enabled=True, deterministic=True):
-        recorded, plain = update_three_times(*start_run(*flags)), update_three_times(*start_run(*flags, '--no-graph'))
-    smooth = [i for i, name in enumerate(train.AVERAGES) if name != 'train_accuracy']  # which jumps by 1/16
-    torch.testing.assert_close(recorded[0][:, smooth], plain[0][:, smooth], rtol=.02, atol=.02)
-    torch.testing.assert_close(recorded[1], plain[1], rtol=.02, atol=.02)
+def test_graph_is_the_plain_chain_on_a_gpu(glyphs, tmp_path, precision):
+    """Runs with and without the graph differ by rounding only, and draw equally many numbers."""
+    runs = []
+    for flag in ('--graph', '--no-graph'):
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True):
+            train.main(['--data', str(glyphs), *QUICK, '--device', 'cuda', '--precision', precision,
+                        '--epochs', '1', '--out', str(tmp_path / flag), flag])
+        saved = torch.load(tmp_path / flag / 'last.pt', weights_only=True)['run']['ranks'][0]
+        runs.append(saved)
+    chains, expected = (run['reservoir']['chains'] for run in runs)
+    torch.testing.assert_close(chains, expected, rtol=.02, atol=.02)
+    assert torch.equal(runs[0]['generator'], runs[1]['generator'])
 
 
 @on_gpu
-@pytest.mark.parametrize('flags', [[], ['--no-graph']])
-def test_updates_do_not_wait_for_a_gpu(flags):
-    """No call in an update, after the first, makes the CPU wait."""
-    run, split = start_run('--device', 'cuda', *flags)
-    update_three_times(run, split)
-    batch = split.batch(torch.arange(16, device='cuda'))
-    torch.cuda.set_sync_debug_mode('error')
-    try:
-        train.update(run, *batch)
-    finally:
-        torch.cuda.set_sync_debug_mode('default')
+def test_plain_chains_after_a_failed_recording_on_a_gpu(capsys):
+    """A function that reads from the GPU cannot be recorded; it is called as it is."""
+    def noise(x, generator):
+        return x + torch.randn(x.shape, generator=generator, device='cuda') * x.sum().item()
+
+    x, generator = torch.ones(3, device='cuda'), torch.Generator('cuda').manual_seed(1)
+    graph = CudaGraph(partial(noise, generator=generator), generator)
+    drawn = [graph(x).tolist(), graph(x).tolist()]
+    assert capsys.readouterr().out.count('no CUDA graph') == 1
+    generator = torch.Generator('cuda').manual_seed(1)
+    assert drawn == [noise(x, generator).tolist(), noise(x, generator).tolist()]
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
 @on_gpu
 def test_all_scripts_on_a_gpu(glyphs, tmp_path):
-    """Train, resume, draw and judge on a GPU; a run begun there goes on with the CPU."""
+    """Train, resume, draw and judge on a GPU; the CPU goes on with a run that a GPU began."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--device', 'cuda'])
-    train.main(['--out', str(tmp_path), '--resume', '--epochs', '3', '--device', 'cuda'])
-    train.main(['--out', str(tmp_path), '--resume', '--epochs', '4', '--device', 'cpu'])
+    for epochs, device in ((3, 'cuda'), (4, 'cpu')):
+        train.main(['--out', str(tmp_path), '--resume', '--epochs', str(epochs), '--device', device])
     for script in (generate, ood):
         script.main(['--ckpt', str(tmp_path / 'best.pt'), '--device', 'cuda', '--out', str(tmp_path)])
     assert (tmp_path / 'samples.png').exists() and (tmp_path / 'ood.csv').exists()
