@@ -24,12 +24,11 @@ from tqdm import tqdm
 
 from data import (DataError, check_apart, load_data, load_images, load_ood, ood_names, printable,
                   save_figure, save_grid, shortened, to_float, write_csv)
-from model import (CheckpointError, CommandLine, energy_of_logits, fail, load_model, number,
-                   user_mistakes)
+from model import CommandLine, energy_of_logits, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, sgld
 
 KEEP = .95  # share of the validation images below the threshold
-BATCH = 256  # images at a time
+BATCH = 64  # images at a time; attacks through the defence take 12 MB each at 56x56
 
 
 def parse_args(argv=None):
@@ -40,7 +39,7 @@ def parse_args(argv=None):
     flag('--baseline', type=Path, metavar='CKPT', help='a plain classifier of the same data')
     flag('--check', type=Path, metavar='FILE|FOLDER', help='images that get a verdict each')
     flag('--trust', action='store_true', help='also calibration, attacks, distal adversaries')
-    flag('--attacked', type=number(int, 1), default=100, help='test images, attacked as one batch')
+    flag('--attacked', type=number(int, 1), default=100, help='test images that --trust attacks')
     flag('--data', help='the data of the checkpoint, if they have moved since the training')
     flag('--data-root', type=Path, help='folder of downloads and of letterpress, if it has moved')
     flag('--out', type=Path, default='.', help='folder to write into')
@@ -102,9 +101,8 @@ def detection(score_id, score_ood, seed=0, resamples=1000):
 
 
 def bootstrap_auroc(score_id, score_ood, seed, resamples):
-    """AUROC of resampled sets, (resamples,), as the rank statistic of Mann and Whitney: the share
-    of (id, OOD) pairs in which OOD scores higher, ties half. Scores are sorted once, because only
-    how often each distinct value was drawn matters."""
+    """AUROC of resampled sets, (resamples,): the share of (id, OOD) pairs in which OOD scores
+    higher, ties half (Mann and Whitney 1947). How often each value was drawn is all it needs."""
     n_id, n_ood = len(score_id), len(score_ood)
     values, rank = np.unique(np.concatenate([score_id, score_ood]), return_inverse=True)  # (U,)
     rank_id, rank_ood = rank[:n_id], rank[n_id:]  # (n_id,), (n_ood,)
@@ -310,11 +308,11 @@ def defend(energy, x, one_step, generator):
 
 
 def attack_gradient(model, x, y, defence, generator):
-    """The gradient, (B, C, H, W), of how wrong the answers to x (B, C, H, W), labels y (B,), are.
-    "How wrong" is the margin max_{c != y} f(x)[c] - f(x)[y] (Carlini and Wagner 2017): once a
-    classifier is confident, the gradient of the cross-entropy is 0 in float32, which would look
-    like robustness. A `defence` (or None) draws noise, so the gradient is a mean over EOT_DRAWS
-    runs (expectation over transformation, Athalye et al. 2018), each through all steps of SGLD."""
+    """The gradient, (B, C, H, W), of the margin max_{c != y} f(x)[c] - f(x)[y] (Carlini and Wagner
+    2017) for x (B, C, H, W) and labels y (B,). The gradient of the cross-entropy is 0 in float32
+    once a classifier is confident, which would look like robustness. A `defence` (or None) draws
+    noise, so this is the mean over EOT_DRAWS runs of it, each through all steps of SGLD
+    (expectation over transformation, Athalye et al. 2018)."""
     x = x.detach().requires_grad_()
     gradients = []
     for _ in range(EOT_DRAWS if defence else 1):
@@ -347,8 +345,9 @@ def pgd(model, x, y, norm, radius, defence, generator):
 
 def attack(victims, data, args):
     """Accuracy under attack of `victims`, {name: (model, defence or None)}: rows of trust.csv."""
-    order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(args.seed))
-    x, y = data.test.to(args.device).batch(order[:args.attacked])  # (N, C, H, W), (N,)
+    seeded = torch.Generator().manual_seed(args.seed)
+    order = torch.randperm(len(data.test), generator=seeded)[:args.attacked]
+    batches = [data.test.to(args.device).batch(index) for index in order.split(BATCH)]
     generator = torch.Generator(args.device).manual_seed(args.seed)
     rows = []
     path = args.out / 'robustness.png'
@@ -357,13 +356,14 @@ def attack(victims, data, args):
             for ax, norm in zip(axes, RADII):
                 accuracy = []
                 for radius in tqdm([0, *RADII[norm]], f'PGD, {norm}, on {name}', unit='radius'):
-                    moved = pgd(model, x, y, norm, 2 * radius, defence, generator) if radius else x
-                    if defence:  # with noise that the attack has not seen
-                        moved = defend(model.energy, moved, defence, generator).detach()
-                    right = model.get_logits(moved).argmax(1) == y  # (N,)
-                    accuracy.append(right.float().mean().item())
+                    right = []
+                    for x, y in batches:  # (B, C, H, W), (B,)
+                        x = pgd(model, x, y, norm, 2 * radius, defence, generator) if radius else x
+                        x = defend(model.energy, x, defence, generator).detach() if defence else x
+                        right.append(model.get_logits(x).argmax(1) == y)  # (B,)
+                    accuracy.append(torch.cat(right).float().mean().item())
                     rows.append({'model': name, 'measure': 'accuracy', 'norm': norm,
-                                 'radius': radius, 'value': accuracy[-1], 'n': len(y)})
+                                 'radius': radius, 'value': accuracy[-1], 'n': len(order)})
                 ax.plot([0, *RADII[norm]], accuracy, marker='o', label=name)
     return rows
 
@@ -410,8 +410,8 @@ def load_baseline(args, checkpoint):
     seed = checkpoint['args']['seed']
     same_data = plain['data'] == checkpoint['data'] and plain['args']['seed'] == seed
     if plain['args']['px_weight'] or not same_data:
-        raise CheckpointError(f'--baseline {args.baseline}: no plain classifier of the data of '
-                              f'{args.ckpt}; train one with --px-weight 0 --seed {seed}')
+        fail(f'--baseline {args.baseline}: no plain classifier of the data of {args.ckpt}; train '
+             f'one with --px-weight 0 --seed {seed}')
     return baseline
 
 

@@ -233,18 +233,19 @@ class CudaGraph:
     def record(self, inputs):
         self.inputs = [x.clone() for x in inputs]  # the graph reads its inputs here
         state, spare = self.generator.get_state(), self.generator.clone_state()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
         with torch.cuda.stream(side):  # a first call sets up libraries, which is not to be recorded
             self.function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        main.wait_stream(side)
         self.generator.set_state(state)
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # freeing another graph during the recording would spoil it
         try:
             if torch.__version__ < '2.14':  # newer versions find the generator themselves
                 graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph):
+            # A recording that fails does not restore the stream by itself.
+            with torch.cuda.stream(main), torch.cuda.graph(graph):
                 self.result = self.function(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
