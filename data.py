@@ -12,11 +12,13 @@ their range of values (`load_ood`).
     PATH                             the course folder GLYPHS (train.npy, val.npy, test.npy, ood_ta.npy, ood_tb.npy), or a
                                      folder with one folder of images per class, as it is or inside train, val, test
 """
+import argparse
 import contextlib
 import csv
 import io
 import math
 import os
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -738,3 +740,42 @@ def save_grid(x, path, columns, title=None, rows=None, heads=None, captions=None
     if title:
         figure.text(left / size[0], 1 - 4 / size[1], title, ha='left', va='top', fontsize=9)
     save_figure(figure, path)
+
+
+# --- command line: python data.py --data NAME|PATH ------------------------------------------------
+
+def draw_examples(data, path, columns=10, most=50):
+    """A row of training images for each of at most `most` classes (course task 3.1)."""
+    rows, names = [], data.class_names[:most]
+    for label in range(len(names)):
+        index = (data.train.labels == label).nonzero().flatten()  # (n,)
+        rows.append(index[torch.arange(columns) % len(index)])  # (columns,)
+    x, _ = data.train.batch(torch.cat(rows))  # (rows * columns, C, H, W)
+    title = f'{len(names)} of {len(data.class_names)} classes, {len(data.train)} training images'
+    save_grid(x, path, columns, title, rows=names)
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description='Draw examples of each class into data.png.')
+    parser.add_argument('--data', default='letterpress', help='name or path, see the top of data.py')
+    parser.add_argument('--data-root', default='.data', help='folder of downloads and of letterpress')
+    parser.add_argument('--image-size', type=int, help='default: that of the data set')
+    parser.add_argument('--out', type=Path, default='.', help='folder to write into')
+    parser.add_argument('--seed', type=int, default=0, help='random seed')
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    try:
+        check_apart(args.out, args.data)
+        data = load_data(args.data, args.image_size, args.data_root, args.seed)
+        draw_examples(data, args.out / 'data.png')
+    except (DataError, OSError) as error:
+        print(f'data.py: {" ".join(str(error).split())}', file=sys.stderr)
+        sys.exit(2)
+    print(args.out / 'data.png')
+
+
+if __name__ == '__main__':
+    main()

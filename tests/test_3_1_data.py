@@ -359,3 +359,11 @@ def test_grid_is_a_picture_with_all_its_images(tmp_path):
     picture = np.asarray(Image.open(tmp_path / 'g.png').convert('L')).astype(int)
     for i, value in enumerate(to_uint8(torch.linspace(-1, 1, 6)).tolist()):
         assert (abs(picture - value) <= 1).sum() >= 50 * 50, i
+
+
+def test_examples_of_each_class(glyphs, tmp_path, refused):
+    """python data.py draws a row of ten for each class; a mistake is one line."""
+    data.main(['--data', str(glyphs), '--out', str(tmp_path), '--image-size', '20'])
+    with Image.open(tmp_path / 'data.png') as picture:
+        assert picture.width > 10 * 20 and picture.height > 3 * 20 and np.asarray(picture.convert('L')).std() > 20
+    assert 'nowhere' in refused(data.main, '--data', 'nowhere')
