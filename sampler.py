@@ -251,4 +251,5 @@ class CudaGraph:
         except RuntimeError as error:
             self.generator.graphsafe_set_state(spare)  # the old one still believes in a recording
             self.recordable = False
-            print(f'no CUDA graph, plain chains instead: {str(error).splitlines()[0]}')
+            reason = str(error.__context__ or error).splitlines()[0]
+            print(f'no CUDA graph, plain chains instead: {reason}')

@@ -419,7 +419,7 @@ def check(args, data):
     if args.model == 'jem' and len(data.class_names) < 2:
         fail(f'--data {args.data} has one class only, and a JEM needs two; use --model ebm')
     check_apart(args.out, args.data)
-    names = ['best.pt', 'last.pt', 'log.csv', 'updates.csv', 'curves.png', 'samples/epoch_*.png']
+    names = ['last.pt', 'best.pt', 'log.csv', 'updates.csv', 'curves.png', 'samples/epoch_*.png']
     there = [path for name in names for path in args.out.glob(name)]
     if there and not args.resume and not args.overwrite:
         fail(f'--out: {there[0]} exists; use --resume, --overwrite, or another --out')
