@@ -109,7 +109,7 @@ train --data letterpress --data-root note.txt           | note.txt ... cannot be
 train --data mnist --data-root note.txt                 | mnist ... note.txt
 train --data GLYPHS --out note.txt                      | note.txt
 train --data GLYPHS --out note.txt/new                  | note.txt/new
-train --data GLYPHS --out run                           | --out: run/best.pt exists ... --resume ... --overwrite
+train --data GLYPHS --out run                           | --out: run/last.pt exists ... --resume ... --overwrite
 train --data GLYPHS --out mine                          | --out: mine/curves.png exists ... another --out
 train --data LETTERS --out LETTERS/new/run --batch-size 8 | --out LETTERS/new/run
 train --data LONG                                       | File name too long
