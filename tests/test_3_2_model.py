@@ -313,7 +313,7 @@ def told(capsys, call, *args):
 def test_numbers_have_bounds():
     """number(kind, low, high) accepts both bounds, and nothing beyond them."""
     assert number(int, 0, 5)('0') == 0 and number(int, 0, 5)('5') == 5
-    assert type(number(float, 1)('3')) is float, 'the number comes back as kind(text)'
+    assert type(number(int, 1)('3')) is int and type(number(float, 1)('3')) is float
     for text in ('-1', '6'):
         with pytest.raises(argparse.ArgumentTypeError, match=f'{text} is not a number from 0 to 5'):
             number(int, 0, 5)(text)
@@ -362,18 +362,18 @@ def test_devices_that_do_not_work_are_told(name):
 
 def test_auto_takes_the_fastest_device_that_computes(monkeypatch):
     """cuda before mps before cpu, and a device that is present but broken is passed over."""
-    ones, broken = torch.ones, []
+    ones, broken = torch.ones, {}
 
     def pretend(size, device):
         if torch.device(device).type in broken:
-            raise RuntimeError('the driver is too old')
+            raise broken[torch.device(device).type]
         return ones(size)
 
     monkeypatch.setattr(torch, 'ones', pretend)
     assert choose_device('auto').type == 'cuda'
-    broken.append('cuda')
+    broken['cuda'] = RuntimeError('the driver is too old')
     assert choose_device('auto').type == 'mps'
-    broken.append('mps')
+    broken['mps'] = AssertionError('torch is not compiled with it')
     assert choose_device('auto').type == 'cpu'
 
 

@@ -50,6 +50,10 @@ def stationary_variance(a, n):
 
 def likely_slip(variance, a, n):
     """The slip that gives a variance nearest to the one that is seen."""
+    if variance == 0:
+        return 'is there any noise?'
+    if not variance < 20 * stationary_variance(a, n):
+        return 'chains run away: is the gradient subtracted, and is it that of the sum?'
     slips = {
         'is the noise eta, without the square root?': (a, n ** 2),
         'is the square root taken twice?': (a, n ** .5),
@@ -58,13 +62,12 @@ def likely_slip(variance, a, n):
         'is the gradient halved again? step_size is eta / 2 already': (a / 2, n),
         'is the step eta? step_size is eta / 2': (2 * a, n),
         'is xi uniform? torch.randn is normal, torch.rand is not': (a, n / 12 ** .5)}
-    distances = {'chains run away: is the gradient subtracted, and that of the sum?': 3.}
-    for slip, (a, n) in slips.items():
-        distances[slip] = abs(math.log(max(variance, 1e-9) / stationary_variance(a, n)))
+    distances = {slip: abs(math.log(variance / stationary_variance(*wrong)))
+                 for slip, wrong in slips.items()}
     return min(distances, key=distances.get)
 
 
-@pytest.mark.parametrize('s, step_size, noise', [(.5, .02, None), (.5, .1, .1), (1., .3, .5)])
+@pytest.mark.parametrize('s, step_size, noise', [(.5, .05, None), (.5, .1, .1), (1., .3, .3)])
 def test_stationary_variance_on_a_quadratic_energy(s, step_size, noise):
     """n^2 / (a (2 - a)), within 3 standard errors; the mean is 0."""
     x = sgld(quadratic(s), torch.zeros(40_000, 1, 1, 1), 200, step_size, noise, clamp=None,
@@ -305,7 +308,8 @@ def test_grainy_noise_has_every_grain_and_contrast():
     assert x.abs().max() <= 1 and abs(x.mean()) < .05
     neighbours = (x[..., 1:] * x[..., :-1]).mean(dim=(1, 2, 3))  # (500,), their covariance
     correlation = neighbours / x.square().mean(dim=(1, 2, 3))
-    assert correlation.min() < .1 and correlation.max() > .95
+    for some in (correlation < .1, correlation > .95):
+        assert some.float().mean() > .09, 'in many images the finest or the coarsest dominates'
     contrast = x.abs().mean(dim=(1, 2, 3))
     assert .3 < contrast.min() < .45 and contrast.max() > .95
     assert contrast.quantile(.5) > .7, 'half of them come close to black and white'
