@@ -70,7 +70,7 @@ def all_scores(logits, gradient):
     scores = {'energy': energy_of_logits(logits)}  # E(x)
     if logits.shape[1] > 1:
         log_p = logits.log_softmax(1)  # log p(y|x), (N, K)
-        scores['max_prob'] = 1 - log_p.amax(1).exp()  # Hendrycks and Gimpel 2017
+        scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max p, Hendrycks and Gimpel 2017
         scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # H[p(y|x)]
         scores['max_logit'] = -logits.amax(1)  # min_y E(x, y)
     # JEM's approximate mass (section 5.3), sign turned: the energy is flat around typical images.
