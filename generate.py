@@ -219,7 +219,7 @@ def compose(model, checkpoint, args):
         e1, e2 = expert1(x, i), expert2(x, i)  # (B,) both
         product, mixture, negation = e1 + e2, -torch.logaddexp(-e1, -e2), e1 - args.weight * e2
         e = torch.stack([e1, e2, product, mixture, negation], dim=1)  # (B, 5)
-        return e[torch.arange(len(i)), i // args.count]  # (B, 5) -> (B,)
+        return e[torch.arange(len(i), device=i.device), i // args.count]  # (B, 5) -> (B,)
 
     x = draw(energy, z, args, streams).x
     save_grid(x, args.out / 'compose.png', args.count, 'two experts and their compositions',
@@ -432,7 +432,7 @@ def concepts(model, checkpoint, args):
         captions.append([f'{name}: {value:.2f}' for name, value in zip(names, e.tolist())])
     pictures = torch.stack(pictures, dim=1).flatten(0, 1)  # (N * (2 + R), 3, H, W)
     save_grid(pictures, args.out / 'concepts.png', 1 + len(columns),
-              'dE/dx of E(x) and E(x, y): red, a brighter pixel raises the energy',
+              'dE/dx: red, a brighter pixel raises the energy',
               captions=np.transpose(captions).flatten().tolist())
     return torch.stack(gradients, dim=1).flatten(0, 1)  # (N * (1 + R), C, H, W)
 
