@@ -256,14 +256,13 @@ def test_mixed_noise_keeps_its_variance(plain, tmp_path, monkeypatch):
 # --- reconstruct ----------------------------------------------------------------------------------
 
 def test_reconstruction_comes_closer_to_the_image(plain, tmp_path):
-    """The noise found leads closer to the image than the first noise; the error is as it says."""
-    columns = run(plain, tmp_path, '--images', 3, '--iterations', 15, mode='reconstruct')
-    image, found, before, after, error = columns.reshape(3, 5, 16, 16).transpose(1, 0, 2, 3)
+    """The noise found leads closer to each image than the first noise, also to images that do not
+    fit into one chunk."""
+    columns = run(plain, tmp_path, '--images', 10, '--iterations', 15, mode='reconstruct')
+    image, _, before, after, error = columns.reshape(10, 5, 16, 16).transpose(1, 0, 2, 3)
     distances = [((end - image) ** 2).mean((1, 2)) for end in (before, after)]
     assert (distances[1] < .9 * distances[0]).all()
     np.testing.assert_allclose(error, abs(after - image) - 1, atol=1e-6)
-    again = run(plain, tmp_path, '--images', 3, '--iterations', 1, mode='reconstruct')
-    assert not np.allclose(again.reshape(3, 5, 16, 16)[:, 1], found)
 
 
 # --- inpaint --------------------------------------------------------------------------------------
@@ -417,12 +416,18 @@ def test_compositions_of_two_energies(plain, tmp_path, monkeypatch):
 
 
 def test_experts_share_their_noise(plain, tmp_path):
-    """The first two rows are what `samples` draws of each class; a checkpoint is an expert, too."""
+    """The first two rows are what `samples` draws of each class, or of each checkpoint."""
     rows = run(plain, tmp_path, '--classes', 'lean', 'lie', '--count', 3, mode='compose')
     assert np.array_equal(rows[:3], run(plain, tmp_path, '--classes', 'lean', '--count', 3))
     assert np.array_equal(rows[3:6], run(plain, tmp_path, '--classes', 'lie', '--count', 3))
-    twin = run(plain, tmp_path, '--ckpt2', plain, '--count', 3, mode='compose')
-    assert np.array_equal(twin[:3], twin[3:6]) and not np.array_equal(twin[:3], twin[6:9])
+
+    other, checkpoint = tmp_path / 'other.pt', load_model(plain)[1]
+    checkpoint['weights']['head.weight'].mul_(-3)
+    torch.save(checkpoint, other)
+    rows = run(plain, tmp_path, '--ckpt2', other, '--count', 3, mode='compose')
+    marginal = ['--classes', 'lie', '--guidance', 0, '--count', 3]  # that is E(x)
+    assert np.array_equal(rows[:3], run(plain, tmp_path, *marginal))
+    assert np.array_equal(rows[3:6], run(other, tmp_path, *marginal))
 
 
 def test_what_cannot_be_composed(plain, coloured, tmp_path, refusal):
@@ -435,20 +440,24 @@ def test_what_cannot_be_composed(plain, coloured, tmp_path, refusal):
 
 # --- concepts -------------------------------------------------------------------------------------
 
-def test_marginal_gradient_is_the_mean_of_the_conditional_ones(plain, tmp_path):
-    """dE(x)/dx = sum_y p(y|x) dE(x, y)/dx, in the gradients that `concepts` saves. Without
-    --classes they are those of the most likely classes."""
+def test_gradients_of_the_energies(plain, tmp_path):
+    """`concepts` saves dE(x)/dx = sum_y p(y|x) dE(x, y)/dx and, after it, dE(x, y)/dx of each of
+    --classes, else of the most likely ones."""
     model, checkpoint = load_model(plain)
-    all_maps = run(plain, tmp_path, '--images', 2, '--classes', 0, 1, 2, mode='concepts')
+    maps = run(plain, tmp_path, '--images', 2, '--classes', 0, 1, 2, mode='concepts')
+    maps = maps.reshape(2, 4, 16, 16)
     x, _ = generate.given_images(checkpoint, parse('--mode', 'concepts', '--images', 2))
-    p = model.get_logits(x).softmax(1).numpy()  # (2, 3)
-    for maps, shares in zip(all_maps.reshape(2, 4, 16, 16), p):
-        assert abs(maps[0]).max() > 0
-        mean = (shares[:, None, None] * maps[1:]).sum(0)  # (3, H, W) -> (H, W)
-        np.testing.assert_allclose(maps[0], mean, rtol=1e-4, atol=1e-9)
+    p = model.get_logits(x).softmax(1)  # (2, 3)
+    x.requires_grad_(True)
+    for y in range(3):
+        gradient, = torch.autograd.grad(model.energy(x, y).sum(), x)  # (2, 1, 16, 16)
+        np.testing.assert_allclose(maps[:, 1 + y], gradient[:, 0], rtol=1e-4, atol=1e-7)
+    assert abs(maps[:, 0]).max() > 0
+    mean = (p.view(2, 3, 1, 1).numpy() * maps[:, 1:]).sum(1)  # (2, 3, 16, 16) -> (2, 16, 16)
+    np.testing.assert_allclose(maps[:, 0], mean, rtol=1e-4, atol=1e-9)
     likely = run(plain, tmp_path, '--images', 2, mode='concepts').reshape(2, 4, 16, 16)
-    for i in range(2):
-        assert np.array_equal(likely[i, 1], all_maps.reshape(2, 4, 16, 16)[i, 1 + p[i].argmax()])
+    for i, y in enumerate(p.argmax(1).tolist()):
+        np.testing.assert_allclose(likely[i, 1], maps[i, 1 + y], rtol=1e-4, atol=1e-9)
 
 
 def test_heat_map():
