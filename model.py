@@ -106,7 +106,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
-    """Write a checkpoint to an open binary file; the dict below is the whole format. args: all flags;
+    """Write a checkpoint to an open file; the dict below is the whole format. args: all flags;
     data: `Data.describe()`; sampler: for `chain_settings`; run: for --resume."""
     checkpoint = {'network': str(model), 'settings': model.settings, 'weights': model.state_dict(),
                   'class_names': data['class_names'] if model.settings['num_classes'] > 1 else [],
@@ -184,7 +184,7 @@ def number(kind, low, high=math.inf):
 def choose_device(text):
     """argparse type: the torch.device of this name if it computes; auto: the fastest that does."""
     for name in ['cuda', 'mps', 'cpu'] if text == 'auto' else [text]:
-        with contextlib.suppress(RuntimeError, AssertionError):
+        with contextlib.suppress(RuntimeError, AssertionError, ImportError):
             torch.ones(1, device=name).add(1).item()  # the driver or the wheel may not fit
             return torch.device(name)
     raise argparse.ArgumentTypeError(f'{text} does not work on this machine; use --device cpu')

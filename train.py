@@ -156,7 +156,7 @@ def ways_to_noise(x_real, kind, generator):
 
 # --- the loop -----------------------------------------------------------------------------------
 
-def train(args, data):
+def train(args, data, old_run=()):
     """Algorithm 1 of JEM (Grathwohl et al. 2020). All that a run changes stands in `state` and
     `history`, saved after each epoch: resuming gives the same result as never stopping."""
     device, split, val_split = args.device, data.train.to(args.device), data.val.to(args.device)
@@ -195,6 +195,8 @@ def train(args, data):
         sample = CudaGraph(sample, generator)
     if args.resume:
         load_run(state, history, args, data)
+    for path in old_run:  # not before now: what is too large for the memory has failed above
+        path.unlink()
     save_run(state, history, args, facts)
     bar = tqdm(total=args.epochs * (len(split) // args.batch_size), initial=history['step'],
                unit='update', disable=rank() > 0)
@@ -413,7 +415,7 @@ def load_run(state, history, args, data):
 
 
 def check(args, data):
-    """Refuse what cannot work, and neither overwrite nor continue a run unasked."""
+    """Refuse what cannot work; returns the files of an old run that --overwrite lets go."""
     if args.batch_size % ranks() or args.batch_size > len(data.train):
         fail(f'--batch-size: a multiple of {ranks()} processes, at most {len(data.train)} images')
     if args.model == 'jem' and len(data.class_names) < 2:
@@ -423,8 +425,7 @@ def check(args, data):
     there = [path for name in names for path in args.out.glob(name)]
     if there and not args.resume and not args.overwrite:
         fail(f'--out: {there[0]} exists; use --resume, --overwrite, or another --out')
-    for path in there if args.overwrite and rank() == 0 else []:
-        path.unlink()
+    return there if args.overwrite and rank() == 0 else []
 
 
 def main(argv=None):
@@ -440,8 +441,7 @@ def main(argv=None):
                 data = load_data(args.data, args.image_size, args.data_root, args.seed)
             if ranks() > 1:
                 dist.barrier()
-        check(args, data)
-        train(args, data)
+        train(args, data, check(args, data))
         if ranks() > 1:
             dist.destroy_process_group()
 
