@@ -87,7 +87,8 @@ def test_resume_with_as_many_fewer_or_more_processes(glyphs, tmp_path):
     quick, parts = ['--data', str(glyphs), *QUICK], tmp_path / 'parts'
     torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node']
     done = subprocess.run([*torchrun, '2', train.__file__, *quick, '--out', tmp_path / 'whole'],
-                          capture_output=True, text=True)
+                          capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
     assert train_in_two(tmp_path, *quick, '--out', parts, '--epochs', '1')[0] == [0, 0]
     resume = ['--resume', '--out', str(parts), '--device', 'cpu', '--epochs']
