@@ -674,7 +674,7 @@ def write_csv(rows, columns, path):
 
 
 def save_figure(figure, path):
-    """Write a matplotlib figure as PNG, whole or not at all, and close it."""
+    """Write a matplotlib figure as PNG, whole or not at all."""
     with atomic_write(path) as file:
         figure.savefig(file, format='png', dpi=figure.dpi)
 

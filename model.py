@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import warnings
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -118,7 +117,7 @@ def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
 
 def load_model(path, device='cpu', precision='fp32'):
     """The network of a checkpoint, frozen, and the dict of `save_checkpoint`. No file can run code.
-    Raises CheckpointError if the file cannot be used, or if model.py has changed since."""
+    Raises CheckpointError if it cannot be used, or if model.py builds other layers now."""
     try:
         with warnings.catch_warnings(action='ignore'):  # about files of other programs
             checkpoint = torch.load(path, map_location='cpu', weights_only=True)
@@ -139,13 +138,14 @@ def load_model(path, device='cpu', precision='fp32'):
 
 def fail(message):
     """Tell a user's mistake in one line."""
-    print(f'{Path(sys.argv[0]).name}: {" ".join(str(message).split())}', file=sys.stderr)
+    print(f'{os.path.basename(sys.argv[0])}: {" ".join(str(message).split())}', file=sys.stderr)
     sys.exit(2)
 
 
 class CommandLine(argparse.ArgumentParser):
     """argparse with the flags that all scripts share and with mistakes told in one line."""
     error = staticmethod(fail)
+
     def __init__(self, description):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
         group = self.add_argument_group('machine')

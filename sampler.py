@@ -22,8 +22,8 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
     * With less noise the chains follow, to first order, exp(-E/T)/Z with the temperature
       T = noise^2 / (2 * step_size). The course's step 10 and noise .005 have T = 1.3e-6, the
       defaults of train.py at 56x56 (7.84 and .02) T = 2.6e-5: descent with a little noise.
-    * With the clamp, the law is that of projected Langevin dynamics, confined to the box. A
-      clipped gradient belongs to no energy, so such chains have no law that is known.
+    * With the clamp the law is confined to the box (projected Langevin dynamics). A clipped
+      gradient is in general the gradient of no energy, so the law of such chains is not known.
 
     Args:
         energy: callable, (B, C, H, W) -> (B,). Parameters, their gradients and the mode of a model
@@ -85,16 +85,16 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
             `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
         kind: 'training', chains as the training moves them;
             'sampling', chains from noise. If the matching term has shaped an energy that leads back
-            from everywhere, they start hot and cool down to 0 (simulated annealing, Kirkpatrick
+            from everywhere, they start hot and cool down (simulated annealing, Kirkpatrick
             et al. 1983): hot chains choose among the modes, cold ones fall into the nearest;
             'descent', no noise: the chain is a function of its start.
-        steps, step_size, noise: instead of these, if not None.
+        steps, step_size, noise: replace the decided values; 'descent' never has noise.
     """
     if steps is None:
         steps = sampler['steps']
     if step_size is None:
         step_size = sampler['step_size']
-    if step_size is None:  # moves pixels by .1 (root mean square) where the energy has its slope
+    if step_size is None:  # where E rises by `slope` for each unit of distance, a step moves by .1
         step_size = .1 * sampler['pixels'] / sampler['slope']
     if kind == 'descent':
         noise = 0.
@@ -197,9 +197,9 @@ def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kin
                    generator=None):
     """The chains of `train.py --init`, on the device of `labels` (N,): a ring for each class.
 
-    reservoir: as many slots as the class is frequent, so that all chains are revisited equally
-        often; a batch has 16 images of a rarer class only by an odd chance.
-    persistent: as many slots as a batch may need, never afresh. noise: the same, always afresh.
+    reservoir: the number of slots is proportional to the frequency of the class, so that all chains
+        are revisited equally often; at least 16, because a batch seldom has more of a rare class.
+    persistent: a batch of chains that never start afresh. noise: chains that always start afresh.
     """
     share = labels.bincount() / len(labels)  # (R,)
     lengths = (share * slots).ceil().long().clamp_min(min(16, batch_size)).tolist()

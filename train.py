@@ -58,12 +58,12 @@ def parse_args(argv=None):
     flag = parser.add_argument_group('model and losses').add_argument
     flag('--model', choices=['jem', 'ebm'], default='jem', help='with or without the labels')
     flag('--width', type=count, default=32, help='feature maps of the first convolution')
-    flag('--px-weight', type=weight, default=1., help='of -log p(x); 0 trains a classifier only')
-    flag('--pyx-weight', type=weight, default=3., help='of -log p(y|x)')
-    flag('--alpha', type=weight, default=.1, help='of the L2 term on the energies')
-    flag('--matching', type=weight, default=10., help='of the term that shapes dE/dx')
-    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='that it gives to E(x)')
-    flag('--data-noise', type=weight, default=.03, help='added to data and samples')
+    flag('--px-weight', type=weight, default=1., help='weight of -log p(x); 0: classifier')
+    flag('--pyx-weight', type=weight, default=3., help='weight of -log p(y|x)')
+    flag('--alpha', type=weight, default=.1, help='weight of the L2 term on the energies')
+    flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
+    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='of E(x) by that term')
+    flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
     flag = parser.add_argument_group('optimisation').add_argument
     flag('--epochs', type=count, default=60, help='passes through the training images')
     flag('--batch-size', type=count, default=32, help='images, and chains, in an update')
@@ -75,7 +75,7 @@ def parse_args(argv=None):
     flag('--conditional', action=switch, help='chains follow E(x, y), not E(x); default of a JEM')
     flag('--init', choices=['reservoir', 'persistent', 'noise', 'data'], default='reservoir',
          help='where chains start; persistent ones never start afresh, see sampler.py')
-    flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='fresh chains')
+    flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='chain starts')
     flag('--reservoir', type=count, default=2048, help='stored chains, at least 16 a class')
     flag('--reinit', type=share, default=.05, help='share of them that starts afresh')
     flag('--sgld-steps', type=count, default=20, help='K, SGLD steps in an update')
