@@ -14,9 +14,9 @@ import contextlib
 import io
 import math
 import os
+import re
 import signal
 import sys
-import warnings
 
 import torch
 import torch.distributed as dist
@@ -26,34 +26,32 @@ from torch import nn
 
 def energy_of_logits(logits, y=None):
     """The definition of the energy and its sign: f(x)[y], (B, K) -> E(x), or E(x, y) for y, (B,).
-
-    y is an int, one label (1,) or B labels (B,); any other shape is a ValueError.
-    """
+    y is an int, one label (1,) or B labels (B,); anything else is a ValueError."""
     if y is None:
         return -logits.logsumexp(dim=1)  # (B, K) -> (B,)
     y = torch.as_tensor(y, device=logits.device)
-    if y.shape not in {(), (1,), (len(logits),)}:
-        raise ValueError(f'y is {tuple(y.shape)}: give one label, or {len(logits)} as there are x')
-    return -logits.gather(1, y.expand(len(logits))[:, None]).squeeze(1)  # (B, K) -> (B, 1) -> (B,)
+    try:
+        return -logits.gather(1, y.expand(len(logits))[:, None]).squeeze(1)  # (B, K) -> (B,)
+    except RuntimeError as error:
+        raise ValueError(f'y: one label or {len(logits)}, 0 to {logits.shape[1] - 1}') from error
 
 
 class EnergyModel(nn.Module):
     """A network `features`, one linear layer, and the energies of its logits.
 
-    Args:
-        num_classes, channels: K, 1 for a plain EBM; C, 1 for grey and 3 for RGB.
-        width: feature maps of the first convolution.
-        precision: 'fp32', or 'bf16' for bfloat16 convolutions. Energies are float32 either way.
-    """
+    num_classes is K, 1 for a plain EBM, and channels is C, 1 for grey and 3 for RGB. The first
+    convolution has `width` feature maps. With precision 'bf16' convolutions are in bfloat16."""
 
     def __init__(self, num_classes=1, channels=1, width=32, precision='fp32'):
         super().__init__()
+        if precision not in ('fp32', 'bf16'):
+            raise ValueError(f'precision {precision!r}: choose fp32 or bf16')
         self.settings = {'num_classes': num_classes, 'channels': channels, 'width': width}
         self.precision = precision
         self.features = swish_cnn(channels, width)
         self.head = nn.Linear(4 * width, num_classes)
         nn.init.constant_(self.head.bias, -math.log(num_classes))  # E(x) starts near 0
-        self.to(memory_format=torch.channels_last)  # the fastest layout for convolutions
+        self.to(torch.float32, memory_format=torch.channels_last)  # fastest layout of convolutions
 
     def get_logits(self, x):
         """f(x)[y] for all y: float x (B, C, H, W) in [-1, 1] -> (B, K) float32."""
@@ -118,19 +116,17 @@ def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
 def load_model(path, device='cpu', precision='fp32'):
     """The network of a checkpoint, frozen, and the dict of `save_checkpoint`. No file can run code.
     Raises CheckpointError if it cannot be used, or if model.py builds other layers now."""
+    reason = 'damaged or of another program' if os.path.exists(path) else 'no such file'
     try:
-        with warnings.catch_warnings(action='ignore'):  # about files of other programs
-            checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-            model = EnergyModel(**checkpoint['settings'], precision=precision)
-        same_network = str(model) == checkpoint['network']
-        if same_network:
-            model.load_state_dict(checkpoint['weights'])
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        model = EnergyModel(**checkpoint['settings'], precision=precision)
+        _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # or KeyError
+        if str(model) != checkpoint['network']:
+            reason = 'trained with another network than model.py builds now'
+            raise ValueError(reason)
+        model.load_state_dict(checkpoint['weights'])
     except Exception as error:  # torch.load raises many kinds of exceptions for damaged files
-        reason = 'damaged or of another program' if os.path.exists(path) else 'no such file'
         raise CheckpointError(f'{path}: {reason}; train one with python train.py') from error
-    if not same_network:
-        raise CheckpointError(f'{path}: trained with another network than model.py builds now; '
-                              'undo the change, or train anew')
     return model.to(device).eval().requires_grad_(False), checkpoint
 
 
@@ -172,7 +168,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
         return action.help if bare else super()._get_help_string(action)
 
 
-def number(kind, low, high=math.inf):
+def number(kind, low, high=10 ** 7):
     """argparse type: an int or float (`kind`) from `low` to `high`."""
     def number(text):
         if low <= kind(text) <= high:
@@ -199,18 +195,22 @@ def has_bf16(device):
 
 @contextlib.contextmanager
 def user_mistakes(*kinds):
-    """Tell these exceptions in one line, status 2. Ctrl-C exits with 130, SIGTERM with 143."""
-    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    """Tell these in one line, status 2. Ctrl-C, SIGTERM and SLURM's SIGUSR1 exit with 128 + n."""
+    stops = [n for n in signal.Signals if n.name in ('SIGTERM', 'SIGUSR1', 'SIGUSR2')]
+    before = [signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in stops]
     try:
         yield
-    except (CheckpointError, OSError, MemoryError, RuntimeError, *kinds) as error:
-        if isinstance(error, RuntimeError) and 'allocate' not in str(error):
-            raise  # a bug, not too little memory
+    except (CheckpointError, OSError, *kinds) as error:
         fail(error)
+    except (MemoryError, RuntimeError) as error:
+        if not re.search('MemoryError|allocate|out of memory|ALLOC_FAILED', repr(error)):
+            raise  # a bug
+        fail(f'too little memory; lower --batch-size, --width or --images. {error}')
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for n, handler in zip(stops, before):
+            signal.signal(n, handler)
 
 
 # --- torchrun --nproc-per-node N train.py: N processes ("ranks") share every batch ----------------

@@ -85,8 +85,15 @@ def test_labels_are_an_int_one_label_or_one_for_each_image(y):
 @pytest.mark.parametrize('shape', [(0,), (2,), (4,), (3, 1), (1, 1), (1, 3)], ids=str)
 def test_labels_of_another_shape_are_an_error(shape):
     """Else broadcasting or gather would give too few energies, and some chains would not move."""
-    with pytest.raises(ValueError, match='give one label, or 3'):
+    with pytest.raises(ValueError, match='one label or 3'):
         energy_of_logits(torch.randn(3, K), torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize('y', [K, -1, [0, 1, K], [.5]], ids=str)
+def test_labels_out_of_range_are_an_error(y):
+    """The message names the range."""
+    with pytest.raises(ValueError, match=f'0 to {K - 1}'):
+        energy_of_logits(torch.randn(3, K), y)
 
 
 # --- the network ----------------------------------------------------------------------------------
@@ -166,6 +173,21 @@ def test_bf16_energies_are_float32_and_near(model):
     difference = (rounded - exact).abs().max().item()
     assert difference > 0, 'nothing was rounded: precision is not used'
     assert difference < .02
+
+
+def test_unknown_precision_is_an_error():
+    with pytest.raises(ValueError, match="'bf61': choose fp32 or bf16"):
+        EnergyModel(precision='bf61')
+
+
+def test_weights_and_energies_are_float32_whatever_the_default():
+    """A notebook may have set another default dtype."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        energy = EnergyModel(K, width=4).energy(torch.zeros(2, 1, 20, 20, dtype=torch.float32))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert energy.dtype == torch.float32
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -255,10 +277,14 @@ def damage(path, kind):
         checkpoint = torch.load(path, weights_only=True)
         del checkpoint['weights']['head.bias']
         torch.save(checkpoint, path)
+    else:
+        checkpoint = torch.load(path, weights_only=True)
+        del checkpoint[kind]
+        torch.save(checkpoint, path)
 
 
 @pytest.mark.parametrize('kind', ['missing', 'folder', 'empty', 'cut', 'text', 'foreign',
-                                  'incomplete'])
+                                  'incomplete', 'class_names', 'args', 'data', 'sampler'])
 def test_unusable_checkpoints_are_told(path, kind):
     """The message names the file, the reason and the way out."""
     damage(path, kind)
@@ -319,6 +345,9 @@ def test_numbers_have_bounds():
             number(int, 0, 5)(text)
     with pytest.raises(argparse.ArgumentTypeError):
         number(float, 0)('nan')  # every comparison with nan is False
+    for kind, text in ((float, 'inf'), (int, '9' * 20)):  # there is always an upper bound
+        with pytest.raises(argparse.ArgumentTypeError, match='from 0 to 10000000'):
+            number(kind, 0)(text)
     with pytest.raises(ValueError):
         number(int, 0)('1.5')
 
@@ -391,10 +420,24 @@ def test_auto_precision_is_bf16_where_the_hardware_has_it(parser, monkeypatch):
     assert parser.parse_args(['--device', 'cpu', '--precision', 'fp32']).precision == 'fp32'
 
 
+MEMORY = [MemoryError(), RuntimeError('not able to allocate 9 GB'),
+          torch.OutOfMemoryError('Tried 9 GB'), RuntimeError('CUDA error: out of memory'),
+          RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate')]
+
+
+@pytest.mark.parametrize('error', MEMORY, ids=repr)
+def test_too_little_memory_names_the_flags(capsys, error):
+    """The libraries of CPU and GPU tell it in many ways."""
+    def main():
+        with user_mistakes():
+            raise error
+
+    line = told(capsys, main)
+    assert '--batch-size, --width or --images' in line and str(error) in line
+
+
 @pytest.mark.parametrize('error', [CheckpointError('a.pt:\ndamaged'), OSError('a.pt:\ndamaged'),
-                                   ZeroDivisionError('a.pt:\ndamaged'), MemoryError(),
-                                   RuntimeError('not able to allocate 9 GB'),
-                                   torch.OutOfMemoryError('Tried to allocate 9 GB')], ids=repr)
+                                   ZeroDivisionError('a.pt:\ndamaged')], ids=repr)
 def test_mistakes_are_told_in_one_line(capsys, error):
     """These, and the kinds that a script adds, exit with status 2."""
     def main():
@@ -411,15 +454,17 @@ def test_bugs_keep_their_traceback(bug):
         raise bug
 
 
-@pytest.mark.parametrize('number, status', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_signals_end_a_script(number, status):
-    """With the status that shells expect; afterwards the handlers are those from before."""
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize('name', ['SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2'])
+def test_signals_end_a_script(name):
+    """With 128 + their number, as shells expect; afterwards the handlers are those from before.
+    SLURM can send SIGUSR1 or SIGUSR2 before the time of a job is up."""
+    number = getattr(signal, name, None) or pytest.skip('not on this system')
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup may ignore it
+    before = signal.getsignal(number)
     try:
         with pytest.raises(SystemExit) as stop, user_mistakes():
             signal.raise_signal(number)
+        assert signal.getsignal(number) == before
     finally:
         signal.signal(signal.SIGINT, handler)
-    assert stop.value.code == status
-    assert signal.getsignal(signal.SIGTERM) == before
+    assert stop.value.code == 128 + number

@@ -87,9 +87,11 @@ train --data GLYPHS --image-size 8                             | --image-size: 8
 train --data GLYPHS --lr 1e300                                 | --lr: 1e300
 train --data GLYPHS --lr-decay 1.5                             | --lr-decay: 1.5
 train --data GLYPHS --step-size 0                              | --step-size: 0
+train --data GLYPHS --step-size inf                            | --step-size: inf
 train --data GLYPHS --init magic                               | --init ... 'magic' ... reservoir
 train --data GLYPHS --batch-size 61                            | --batch-size ... 60
-train --data GLYPHS --width 2000000 --out run --overwrite | allocate
+train --data GLYPHS --width 99999999999999999999               | --width: 9999 ... 10000000
+train --data GLYPHS --width 2000000 --out run --overwrite      | memory ... --width ... allocate
 train --data GLYPHS --px-weight 0 --pyx-weight 0               | --px-weight ... --pyx-weight
 train --data GLYPHS --model ebm --conditional                  | --model ebm ... --conditional
 train --data GLYPHS --model ebm --px-weight 0                  | --model ebm ... --px-weight 0
