@@ -30,8 +30,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
             behind it are left as they are.
         x: start of the chains, float32 (B, C, H, W); not changed.
         steps: K, the number of steps.
-        step_size: see above.
-        noise: standard deviation of the noise in a step, or a list of one for each step.
+        step_size, noise: see above; noise may also be a sequence of one for each step.
         grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip], or None.
         clamp: (low, high) of the pixel values, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).
@@ -43,10 +42,11 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
         ValueError: there are more or fewer noises than steps.
     """
     noise = (2 * step_size) ** .5 if noise is None else noise
-    noises = noise if isinstance(noise, list) else [noise] * steps
-    if not differentiable:
-        x = x.detach()
-    for k, sigma in zip(range(steps), noises, strict=True):
+    noises = list(noise) if torch.as_tensor(noise).ndim else [noise] * steps
+    if len(noises) != steps:
+        raise ValueError(f'{len(noises)} noises for {steps} steps')
+    x = x.view_as(x) if differentiable else x.detach()  # so that the caller's x stays as it is
+    for k, sigma in enumerate(noises):
         x.requires_grad_(True)
         with torch.enable_grad():
             e = energy(x)  # (B,)
@@ -73,8 +73,10 @@ def randn(shape, generator=None, device='cpu'):
     """N(0, I) of `shape` (B, ...). With a list of B generators each image has its own, so its noise
     does not depend on the other images of the batch."""
     if isinstance(generator, list):
-        return torch.stack([torch.randn(shape[1:], generator=g, device=device) for g in generator])
-    return torch.randn(shape, generator=generator, device=device)
+        if len(generator) != shape[0]:
+            raise ValueError(f'{len(generator)} generators for {shape[0]} images')
+        return torch.stack([randn(shape[1:], g, device) for g in generator])
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
 
 
 def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
@@ -90,6 +92,8 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
             'descent', no noise: the chain is a function of its start.
         steps, step_size, noise: replace the decided values; 'descent' never has noise.
     """
+    if kind not in ('training', 'sampling', 'descent'):
+        raise ValueError(f'kind {kind!r}: choose training, sampling or descent')
     if steps is None:
         steps = sampler['steps']
     if step_size is None:
@@ -117,7 +121,7 @@ def prior(kind, shape, generator=None, device='cpu'):
     if kind == 'gaussian':
         return .1 * randn(shape, generator, device)
     if kind == 'uniform':
-        return 2 * torch.rand(shape, generator=generator, device=device) - 1
+        return 2 * torch.rand(shape, generator=generator, dtype=torch.float32, device=device) - 1
     if kind == 'grainy':
         return grainy(shape, generator, device)
     if kind == 'mixed':
@@ -131,15 +135,15 @@ def grainy(shape, generator=None, device='cpu'):
     """Noise of every grain, from clouds to single pixels, and of every contrast, from pale grey to
     black and white."""
     batch, channels, height, width = shape
-    x = torch.zeros(shape, device=device)
+    x = torch.zeros(shape, dtype=torch.float32, device=device)
     grains = [2 ** i for i in range(height.bit_length()) if 2 ** i < height] + [height]
     for n in grains:  # a cubed exponential: mostly one or two grains dominate an image
         share = torch.empty(batch, 1, 1, 1, device=device).exponential_(generator=generator) ** 3
-        octave = torch.randn(batch, channels, n, n, generator=generator, device=device)
+        octave = randn((batch, channels, n, n), generator, device)
         x += share * F.interpolate(octave, (height, width), mode='bilinear')  # (B, C, H, W)
     deviation = x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
     contrast = 3.2 * torch.rand(batch, 1, 1, 1, generator=generator, device=device) - .7
-    return (contrast.exp() * x / deviation).clamp(-1, 1)  # a deviation of .5 to 12 before the clamp
+    return (contrast.exp() * x / deviation).clamp(-1, 1).float()  # deviations of .5 to 12, clamped
 
 
 class Reservoir:
@@ -181,7 +185,8 @@ class Reservoir:
         self.chains[slot] = x
 
     def state_dict(self):
-        return {'chains': self.chains.cpu(), 'head': self.head.cpu(), 'lengths': self.lengths.cpu()}
+        return {'chains': self.chains.to('cpu', copy=True),  # `store` writes into the tensor
+                'head': self.head.cpu(), 'lengths': self.lengths.cpu()}
 
     def load_state_dict(self, state):
         """Take over saved chains, ring by ring: exactly where the rings are as long as they were,
@@ -248,7 +253,7 @@ class CudaGraph:
             with torch.cuda.stream(main), torch.cuda.graph(graph):
                 self.result = self.function(*self.inputs)
             self.graph = graph
-        except RuntimeError as error:
+        except Exception as error:
             self.generator.graphsafe_set_state(spare)  # the old one still believes in a recording
             self.recordable = False
             reason = str(error.__context__ or error).splitlines()[0]

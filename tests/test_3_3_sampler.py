@@ -6,6 +6,7 @@ x <- (1 - a) x + n xi with a = step_size / s^2: linear, so that their law is kno
 """
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -97,9 +98,13 @@ def test_one_noise_for_each_step():
     x = sgld(quadratic(1.), torch.zeros(40_000, 1, 1, 1), 20, a, noises, clamp=None,
              generator=seeded())
     assert abs(x.var() - v) < 3 * v * (2 / len(x)) ** .5
+    start = torch.zeros(1, 1, 1, 1)
+    for same in (tuple(noises), np.array(noises), torch.tensor(noises, dtype=torch.float64)):
+        ends = [sgld(quadratic(1.), start, 20, a, n, generator=seeded()) for n in (noises, same)]
+        assert torch.equal(*ends) and ends[0].dtype == torch.float32, type(same)
     for wrong in (noises[1:], noises + [0.]):
-        with pytest.raises(ValueError):
-            sgld(quadratic(1.), torch.zeros(1, 1, 1, 1), 20, a, wrong)
+        with pytest.raises(ValueError, match=f'{len(wrong)} noises for 20 steps'):
+            sgld(None, start, 20, a, wrong)  # told before a step
 
 
 # --- SGLD: what else a chain must do --------------------------------------------------------------
@@ -143,6 +148,7 @@ def test_start_and_model_are_left_as_they_were():
         with torch.set_grad_enabled(graph):
             x = sgld(model, start, 2, .1, .01)
         assert not x.requires_grad, 'detach the state in each step'
+    sgld(model, start, 1, .1, differentiable=True)
     assert torch.equal(start, before) and not start.requires_grad
     assert model.training and not model[1].bias.requires_grad and model[1].weight.requires_grad
     assert model[1].weight.grad.eq(1).all() and model[3].weight.grad is None, (
@@ -170,6 +176,8 @@ def test_each_image_has_its_own_random_stream():
     alone = sgld(quadratic(1.), x[:1], 5, .1, .1, generator=streams(5))
     assert torch.equal(together[2:], alone)
     assert len(randn((3, 1, 4, 4), seeded()).unique(dim=0)) == 3
+    with pytest.raises(ValueError, match='2 generators for 3 images'):
+        randn((3, 1, 4, 4), streams(3, 4))
 
 
 def test_pixels_that_are_not_free_are_held():
@@ -261,6 +269,11 @@ def test_temperature_of_training_chains(given, temperature):
     assert x.var().item() / s ** 2 == pytest.approx(temperature, rel=.06)
 
 
+def test_unknown_kind_of_chains_is_an_error():
+    with pytest.raises(ValueError, match="'sampeling': choose training, sampling or descent"):
+        chain_settings(FACTS, 'sampeling')
+
+
 # --- starts of chains -----------------------------------------------------------------------------
 
 def power_of(kind):
@@ -292,6 +305,11 @@ def test_starts_hang_on_their_generator(kind):
         assert x.shape == shape and x.dtype == torch.float32
         assert torch.equal(x, prior(kind, shape, seeded()))
         assert not torch.equal(x, prior(kind, shape, seeded(1)))
+    torch.set_default_dtype(torch.float64)  # as a notebook may have done
+    try:
+        assert prior(kind, (2, 1, 8, 8)).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
     different = len(prior(kind, (50, 1, 8, 8), seeded()).unique(dim=0))
     assert different > 35, 'images of a batch differ; of grainy ones a few are all black or white'
 
@@ -403,7 +421,11 @@ def test_saved_reservoir_goes_on_exactly():
     """With equal lengths the loaded one draws what the saved one would have drawn."""
     saved, loaded = numbered(LENGTHS), Reservoir(LENGTHS, (1, 1, 1), reinit=0.)
     saved.draw(torch.tensor([0, 1, 1, 2, 2, 2]))
-    loaded.load_state_dict(saved.state_dict())
+    state, before = saved.state_dict(), saved.chains.clone()
+    saved.store(torch.arange(38), before + 50)
+    assert torch.equal(state['chains'], before), 'what was saved stays as it was'
+    saved.store(torch.arange(38), before)
+    loaded.load_state_dict(state)
     assert torch.equal(loaded.chains, saved.chains)
     for _ in range(3):
         (x, slot), (y, place) = (r.draw(torch.tensor([2, 1, 1, 0, 2, 0])) for r in (saved, loaded))
