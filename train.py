@@ -1,15 +1,14 @@
 """Train an energy-based model (EBM) or joint energy-based model (JEM) with SGLD (course task 3.4).
 
     python train.py                                  letterpress, a JEM, 60 epochs
-    python train.py --data digits                    minutes on a laptop
-    python train.py --data GLYPHS --epochs 60 --device cuda
+    python train.py --data GLYPHS                    another data set; digits takes minutes on a CPU
     python train.py --resume                         go on with the run in this folder
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
-Writes best.pt, last.pt, log.csv (a row an epoch), updates.csv (a row every ten updates), curves.png
-and samples/ into --out. best.pt is the epoch with the best validation score: of a JEM the mean of
-val_auprc (macro AUPRC of p(y|x)) and val_auroc (E(x) of images against uniform noise and against
-mixtures of two images), of an EBM val_auroc, of a classifier val_auprc.
+Writes best.pt, last.pt, log.csv, updates.csv (a row every ten updates), curves.png and samples/
+into --out. best.pt is the epoch with the best validation score: of a JEM the mean of val_auprc
+(macro AUPRC of p(y|x)) and val_auroc (E(x) of images against uniform noise and mixtures of two
+images), of an EBM val_auroc, of a classifier val_auprc.
 """
 import argparse
 import copy
@@ -32,11 +31,11 @@ from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_f
                   write_csv)
 from model import (CheckpointError, CommandLine, EnergyModel, average, energy_of_logits, fail,
                    load_model, number, rank, ranks, save_checkpoint, user_mistakes)
-from sampler import CudaGraph, chain_settings, make_reservoir, prior, sgld
+from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld
 
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
-RETREAT, MOST_TRIPS = .3, 4  # of the guard: factor on the learning rate, and how often
+RETREAT, MOST_TRIPS = .3, 4  # of the guard: factor on the learning rate, and how often in a row
 EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
 NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'train_accuracy',
            'loss_matching', 'loss_reg', 'loss', 'grad_norm']
@@ -53,7 +52,7 @@ def parse_args(argv=None):
     flag('--image-size', type=number(int, 16, 4096), help='default: that of the data set')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_mutually_exclusive_group().add_argument
-    flag('--resume', action='store_true', help='go on with the run in --out')
+    flag('--resume', action='store_true', default=None, help='go on with the run in --out')
     flag('--overwrite', action='store_true', help='delete the run in --out and start anew')
     flag = parser.add_argument_group('model and losses').add_argument
     flag('--model', choices=['jem', 'ebm'], default='jem', help='with or without the labels')
@@ -86,11 +85,13 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.resume:  # the flags of the run in --out; the command may change those in `free`
         free = {'epochs', 'picture_every', 'graph', 'data', 'data_root'}
-        saved = load_model(args.out / 'last.pt')[1]['args']
+        checkpoint = load_model(args.out / 'last.pt')[1]
+        saved = checkpoint['args']
         for key in ('resume', 'overwrite', 'out', 'device'):
-            del saved[key]  # this command's own
+            saved.pop(key, None)  # this command's own
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
+        args.resume = checkpoint
         for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
             parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
@@ -111,8 +112,7 @@ def px_step(energy_real, energy_synth):
         grad -log p(x) = grad E(x) - E_{x' ~ p}[grad E(x')]
 
     It is exact for samples x' of p. Chains of a temperature T < 1 (see `sgld`) sample exp(-E/T);
-    for them it is the gradient of -T log p_T(x).
-    """
+    for them it is the gradient of -T log p_T(x)."""
     return energy_real.mean() - energy_synth.mean()
 
 
@@ -128,14 +128,11 @@ def pyx_step(logits, y):
 
 def matching_step(energy, x_real, away, slope):
     """How far dE/dx is from the gradient of a valley around each image: a scalar >= 0.
-
     At a distance r from the image (root mean square over the pixels) the valley has the energy
     slope * sqrt(r^2 + ROUND^2): round at the bottom, then of constant slope. This is a regression
     of directions, as in equilibrium matching (Wang and Du 2025), and not the score of a density;
     where data lie close together the valleys merge, as in denoising score matching (Vincent 2011).
-
-    energy is a callable (B, C, H, W) -> (B,); x_real + away are points near the images x_real.
-    """
+    energy is a callable (B, C, H, W) -> (B,); x_real + away are points near the images x_real."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -147,10 +144,9 @@ def ways_to_noise(x_real, kind, generator):
     """Displacements (B, C, H, W) for `matching_step`: half of them lead towards the prior, by a
     share t of the way, and all end in white noise of a standard deviation up to WHITE. Without
     the white noise, fine grain survives in the samples."""
-    shape, device = x_real.shape, x_real.device
-    t, s = torch.rand(2, len(x_real), 1, 1, 1, generator=generator, device=device)  # (B, 1, 1, 1)
-    z = prior(kind, shape, generator, device)  # (B, C, H, W)
-    white = torch.randn(shape, generator=generator, device=device)
+    t, s = x_real.new_empty(2, len(x_real), 1, 1, 1).uniform_(generator=generator)  # (B, 1, 1, 1)
+    z = prior(kind, x_real.shape, generator, x_real.device)  # (B, C, H, W)
+    white = randn(x_real.shape, generator, x_real.device)
     return (2 * t - 1).clamp_min(0) * (z - x_real) + WHITE * s * white
 
 
@@ -172,15 +168,16 @@ def train(args, data, old_run=()):
     weights, averages = list(model.parameters()), list(averaged.parameters())
     # No momentum: it would average gradients from samples that are out of date.
     optimizer = torch.optim.Adam(weights, args.lr, betas=(0., .999), fused=True)
+    average_weights = get_ema_multi_avg_fn(EMA)  # a <- EMA * a + (1 - EMA) * w
     reservoir = make_reservoir(args.init, ring, batch, args.reservoir // ranks(), image_shape,
                                args.reinit, args.prior, generator)
     state = {'model': model, 'averaged': averaged, 'optimizer': optimizer, 'reservoir': reservoir,
              'generator': generator}
-    history = dict(epoch=0, step=0, seconds=0., lr=0., event='', trips=0, epochs=[], updates=[])
+    history = dict(epoch=0, step=0, seconds=0., event='', trips=0, level=0., epochs=[], updates=[])
     sampler = {'steps': args.sgld_steps, 'step_size': args.step_size, 'noise': args.noise,
                'grad_clip': args.grad_clip, 'matching': args.px_weight * args.matching,
                'slope': args.slope, 'pixels': image_shape.numel()}
-    facts = {'args': {**vars(args), 'out': str(args.out), 'device': str(device)},
+    facts = {'args': {**vars(args), 'resume': None, 'out': str(args.out), 'device': str(device)},
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
     def energy(x, y):
@@ -194,77 +191,79 @@ def train(args, data, old_run=()):
     if device.type == 'cuda' and args.graph:
         sample = CudaGraph(sample, generator)
     if args.resume:
-        load_run(state, history, args, data)
+        load_run(args.resume, state, history, args)
     for path in old_run:  # not before now: what is too large for the memory has failed above
         path.unlink()
     save_run(state, history, args, facts)
-    bar = tqdm(total=args.epochs * (len(split) // args.batch_size), initial=history['step'],
-               unit='update', disable=rank() > 0)
-    while history['epoch'] < args.epochs:
-        started, measured = time.monotonic(), []
-        for index in batches(len(split), args, history['epoch']):
-            x_real, y = split.batch(index)  # (B, C, H, W), (B,)
+    total = args.epochs * (len(split) // args.batch_size)
+    if total < 500 and not args.resume and rank() == 0:
+        print(f'{total} updates are few to learn from: raise --epochs or lower --batch-size')
+    with tqdm(total=total, initial=history['step'], unit='update', disable=rank() > 0) as bar:
+        while history['epoch'] < args.epochs:
+            started, measured = time.monotonic(), []
+            for index in batches(len(split), args, history['epoch']):
+                x_real, y = split.batch(index)  # (B, C, H, W), (B,)
 
-            # -log p(y|x): the classifier
-            logits = model.get_logits(perturb(x_real, args, generator))  # (B, K)
-            energy_real = energy_of_logits(logits)  # (B, K) -> (B,)
-            loss_pyx = pyx_step(logits, y)
-            loss = args.pyx_weight * loss_pyx
-            numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean()}
-            if args.model == 'jem':
-                numbers['train_accuracy'] = (logits.argmax(1) == y).float().mean()
+                # -log p(y|x): the classifier
+                logits = model.get_logits(perturb(x_real, args, generator))  # (B, K)
+                energy_real = energy_of_logits(logits)  # (B, K) -> (B,)
+                loss_pyx = pyx_step(logits, y)
+                loss = args.pyx_weight * loss_pyx
+                numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean()}
+                if args.model == 'jem':
+                    numbers['train_accuracy'] = (logits.argmax(1) == y).float().mean()
 
-            if args.px_weight:
-                # x' ~ p(x): K steps of SGLD from the data or from stored chains (task 3.3)
-                if args.init == 'data':
-                    x_synth = sample(x_real, y)  # (B, C, H, W)
-                else:
-                    start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
-                    x_synth = sample(start, y)
-                    reservoir.store(slot, x_synth)
+                if args.px_weight:
+                    # x' ~ p(x): K steps of SGLD from the data or from stored chains (task 3.3)
+                    if args.init == 'data':
+                        x_synth = sample(x_real, y)  # (B, C, H, W)
+                    else:
+                        start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
+                        x_synth = sample(start, y)
+                        reservoir.store(slot, x_synth)
 
-                # -log p(x): data against samples, the size of the energies, the shape of dE/dx
-                energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
-                terms = {'loss_px': px_step(energy_real, energy_synth),
-                         'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
-                if args.matching:
-                    away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
-                    terms['loss_matching'] = args.matching * matching_step(
-                        partial(energy, y=y), x_real, away, args.slope)
-                loss = loss + args.px_weight * sum(terms.values())
-                numbers |= {**terms, 'energy_synth': energy_synth.mean()}
+                    # -log p(x): data against samples, the size of the energies, the shape of dE/dx
+                    energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
+                    terms = {'loss_px': px_step(energy_real, energy_synth),
+                             'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
+                    if args.matching:
+                        away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
+                        terms['loss_matching'] = args.matching * matching_step(
+                            partial(energy, y=y), x_real, away, args.slope)
+                    loss = loss + args.px_weight * sum(terms.values())
+                    numbers |= {**terms, 'energy_synth': energy_synth.mean()}
 
-            # descent on -log p(x, y) = -log p(x) - log p(y|x), each with its weight
-            rate = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
-            history['lr'] = args.lr * rate * RETREAT ** history['trips']
-            optimizer.param_groups[0]['lr'] = history['lr']
-            optimizer.zero_grad()
-            loss.backward()
-            average([weight.grad for weight in weights])  # over the ranks
-            grad_norm = clip_grad_norm_(weights, CLIP_NORM)
-            optimizer.step()
-            get_ema_multi_avg_fn(EMA)(averages, weights, None)  # a <- EMA * a + (1 - EMA) * w
+                # descent on -log p(x, y) = -log p(x) - log p(y|x), each with its weight
+                rate = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
+                history['lr'] = args.lr * rate * RETREAT ** history['level']
+                optimizer.param_groups[0]['lr'] = history['lr']
+                optimizer.zero_grad()
+                loss.backward()
+                average([weight.grad for weight in weights])  # over the ranks
+                grad_norm = clip_grad_norm_(weights, CLIP_NORM)
+                optimizer.step()
+                average_weights(averages, weights, None)
 
-            numbers |= {'loss': loss, 'grad_norm': grad_norm}
-            measured.append(torch.stack(list(numbers.values())).detach())  # (L,)
-            average(measured[-1:])
-            history['step'] += 1
-            bar.update()
-            if history['step'] % 10 == 0:
-                row = dict(zip(numbers, torch.stack(measured[-10:]).mean(0).tolist()))
-                history['updates'].append({'step': history['step'], **row})
-                shown = [f'{key} {row[key]:.2f}' for key in NUMBERS[2:5] if key in row]
-                bar.set_postfix_str(' '.join(shown))
-        history['seconds'] += time.monotonic() - started
-        row = dict(zip(numbers, torch.stack(measured).mean(0).tolist()))
-        row |= validate(averaged, val_split, args)
-        trouble = find_trouble(row, args)
-        log_epoch(row, trouble, state, history, args, data, facts)
-        if trouble:
-            go_back(trouble, state, history, args, data)
-            bar.n = history['step']
-        save_run(state, history, args, facts)
-    bar.close()
+                numbers |= {'loss': loss, 'grad_norm': grad_norm}
+                measured.append(torch.stack(list(numbers.values())).detach())  # (L,)
+                average(measured[-1:])
+                history['step'] += 1
+                bar.update()
+                if history['step'] % 10 == 0:
+                    row = dict(zip(numbers, torch.stack(measured[-10:]).mean(0).tolist()))
+                    history['updates'].append({'step': history['step'], **row})
+                    bar.set_postfix({key: row[key] for key in NUMBERS[2:5] if key in row})
+            history['seconds'] += time.monotonic() - started
+            row = dict(zip(numbers, torch.stack(measured).mean(0).tolist()))
+            row |= validate(averaged, val_split, args)
+            trouble = find_trouble(row, history, args)
+            log_epoch(row, trouble, state, history, args, data, facts)
+            if trouble:
+                go_back(trouble, state, history, args)
+                bar.n = history['step']
+            else:  # a rate that was lowered comes back in four epochs
+                history['level'] = max(0., history['level'] - .25)
+            save_run(state, history, args, facts)
 
 
 def batches(count, args, epoch):
@@ -277,8 +276,7 @@ def batches(count, args, epoch):
 
 def perturb(x, args, generator):
     """The same noise and bounds for data and samples, or the energy could tell them apart by it."""
-    noise = torch.randn(x.shape, generator=generator, device=x.device)
-    return (x + args.data_noise * noise).clamp(-1, 1)  # (B, C, H, W)
+    return (x + args.data_noise * randn(x.shape, generator, x.device)).clamp(-1, 1)  # (B, C, H, W)
 
 
 # --- after an epoch: validate, log, draw ----------------------------------------------------------
@@ -290,7 +288,7 @@ def validate(model, split, args):
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
     x, y = split.batch(torch.arange(len(split), device=args.device))  # (N, C, H, W), (N,)
     generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise every epoch
-    noise = 2 * torch.rand(x.shape, generator=generator, device=args.device) - 1  # (N, C, H, W)
+    noise = prior('uniform', x.shape, generator, args.device)  # (N, C, H, W)
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
     energy, y = energy_of_logits(logits), y.cpu().numpy()  # (3N,), (N,)
@@ -309,7 +307,7 @@ def validate(model, split, args):
 def log_epoch(row, trouble, state, history, args, data, facts):
     """Write the logs and pictures of an epoch, and best.pt if none before has a higher score."""
     history['epoch'] += 1
-    history['event'] = f'{history["event"]} {trouble}'.strip()
+    history['event'] = trouble or history['event']
     row |= {key: history[key] for key in EPOCH}
     history['epochs'].append(row)
     history['event'] = ''
@@ -326,6 +324,8 @@ def log_epoch(row, trouble, state, history, args, data, facts):
         if args.px_weight:
             draw_samples(state, history, args, data, facts)
     shown = [f'{key} {row[key]:.4g}' for key in ['epoch', 'loss_px', *SCORES] if key in row]
+    if history['trips']:
+        shown += [f'guard: trips {history["trips"]}, lr {history["lr"]:.2g}']
     tqdm.write('  '.join([*shown, row['event'], 'best so far' if best else '']))
 
 
@@ -364,22 +364,24 @@ def draw_samples(state, history, args, data, facts):
 
 # --- safety and start: the guard, saving, resuming ------------------------------------------------
 
-def find_trouble(row, args):
-    """Why an epoch has diverged, or ''."""
+def find_trouble(row, history, args):
+    """Why an epoch has diverged, or ''. A gap that mends itself stays well below its bound."""
     if not all(map(math.isfinite, row.values())):
         return 'a number is not finite'
-    lost = args.guard and abs(row.get('loss_px', 0.)) * args.alpha > .5
-    return 'the energy gap has passed half of its bound 1/alpha' if lost else ''
+    gaps = [update.get('loss_px', 0.) for update in history['updates'][-5:]]  # of 50 updates
+    lost = args.guard and history['step'] > 5 * WARMUP and abs(np.mean(gaps)) * args.alpha > .95
+    return 'energy gap at its bound 1/alpha (see --no-guard)' if lost else ''
 
 
-def go_back(trouble, state, history, args, data):
+def go_back(trouble, state, history, args):
     """Go back to the epoch before, which is in last.pt, with a lower rate, or give up."""
-    trips, event = history['trips'] + 1, f'{trouble} in epoch {history["epoch"]}:'
-    if trips > MOST_TRIPS or not args.guard:
-        raise FloatingPointError(f'training diverged, {event} last.pt holds the epoch before; '
-                                 f'start anew with an --lr below {args.lr:g} or more --sgld-steps')
-    load_run(state, history, args, data)
-    history.update(trips=trips, event=f'{history["event"]} {event} back with a lower rate.'.strip())
+    trips, level = history['trips'] + 1, history['level'] + 1
+    event = f'{trouble} in epoch {history["epoch"]}'
+    if level > MOST_TRIPS or not args.guard:
+        raise FloatingPointError(f'training diverged: {event}; last.pt holds the epoch before; use '
+                                 f'an --lr below {args.lr:g} or more --sgld-steps')
+    load_run(load_model(args.out / 'last.pt')[1], state, history, args)
+    history.update(trips=trips, level=level, event=f'{event}: back with a lower rate')
 
 
 def save_run(state, history, args, facts):
@@ -396,11 +398,8 @@ def save_run(state, history, args, facts):
                             run={**run, 'ranks': of_ranks, 'history': history})
 
 
-def load_run(state, history, args, data):
+def load_run(checkpoint, state, history, args):
     """Go on from last.pt: exactly, if there are as many ranks on the same kind of device."""
-    checkpoint = load_model(args.out / 'last.pt')[1]
-    if checkpoint['data'] != data.describe():
-        raise CheckpointError(f'--data {args.data} has changed since the run began; restore it')
     try:
         run = checkpoint['run']
         for name in ('model', 'averaged', 'optimizer'):
@@ -438,7 +437,8 @@ def main(argv=None):
             dist.init_process_group('cpu:gloo,cuda:nccl' if args.device.type == 'cuda' else 'gloo')
         for turn in range(ranks()):  # rank 0 goes first: it may have to download or print letters
             if turn == rank():
-                data = load_data(args.data, args.image_size, args.data_root, args.seed)
+                data = load_data(args.data, args.image_size, args.data_root, args.seed,
+                                 like=args.resume and args.resume['data'])
             if ranks() > 1:
                 dist.barrier()
         train(args, data, check(args, data))

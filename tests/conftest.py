@@ -1,4 +1,5 @@
-"""Tiny synthetic data and quick settings for all tests: no network, no files but in pytest's own temporary folders."""
+"""Tiny synthetic data and quick settings for all tests: no network, no files but in pytest's own
+temporary folders."""
 import sys
 from pathlib import Path
 
@@ -10,8 +11,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts stand beside t
 
 import train  # noqa: E402
 
-QUICK = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', '16', '--sgld-steps', '2',
-         '--reservoir', '48', '--picture-every', '2', '--device', 'cpu', '--precision', 'fp32']
+QUICK = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', '16',
+         '--sgld-steps', '2', '--reservoir', '48', '--picture-every', '2', '--device', 'cpu',
+         '--precision', 'fp32']
 
 
 @pytest.fixture(autouse=True, scope='session')
