@@ -58,8 +58,8 @@ class EnergyModel(nn.Module):
         if not x.is_floating_point():
             raise TypeError(f'images are {x.dtype}; map them to [-1, 1] with data.to_float first')
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
-            h = self.features(x.contiguous(memory_format=torch.channels_last))  # (B, 4 * width)
-        return self.head(h.float())  # (B, K); bfloat16 is too coarse for energies
+            h = self.features(x.float().contiguous(memory_format=torch.channels_last))
+        return self.head(h.float())  # (B, 4 * width) -> (B, K); bfloat16 is too coarse for energies
 
     def forward(self, x, y=None):
         """The unnormalised log density f(x) = -E(x), or f(x)[y] = -E(x, y): (B,)."""

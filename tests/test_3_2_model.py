@@ -181,13 +181,14 @@ def test_unknown_precision_is_an_error():
 
 
 def test_weights_and_energies_are_float32_whatever_the_default():
-    """A notebook may have set another default dtype."""
+    """A notebook may have set another default dtype, or have its images in float64."""
     torch.set_default_dtype(torch.float64)
     try:
-        energy = EnergyModel(K, width=4).energy(torch.zeros(2, 1, 20, 20, dtype=torch.float32))
+        model = EnergyModel(K, width=4)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert energy.dtype == torch.float32
+    energies = [model.energy(images(2).to(dtype)) for dtype in (torch.float32, torch.float64)]
+    assert energies[0].dtype == torch.float32 and torch.equal(*energies)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
