@@ -38,7 +38,6 @@ def energy_of_logits(logits, y=None):
 
 class EnergyModel(nn.Module):
     """A network `features`, one linear layer, and the energies of its logits.
-
     num_classes is K, 1 for a plain EBM, and channels is C, 1 for grey and 3 for RGB. The first
     convolution has `width` feature maps. With precision 'bf16' convolutions are in bfloat16."""
 
@@ -152,6 +151,7 @@ class CommandLine(argparse.ArgumentParser):
                            help='of the convolutions; auto is bf16 where it is fast')
 
     def parse_args(self, argv=None):
+        os.environ.pop('MPLBACKEND', None)  # set by notebooks; a script's Python may not have it
         args = super().parse_args(argv)
         if os.path.exists(args.out) and not os.access(os.path.join(args.out, '.'), os.W_OK):
             self.error(f'--out {args.out}: no folder that can be written; name another one')

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
@@ -331,6 +330,7 @@ def log_epoch(row, trouble, state, history, args, data, facts):
 
 def plot_curves(history, args):
     """Energies and losses every ten updates, and the validation scores of every epoch."""
+    from matplotlib.figure import Figure  # slow to import
     figure = Figure(figsize=(12, 3.5), layout='constrained')
     axes, updates = figure.subplots(1, 3), history['updates']
     for ax, rows, names in [(axes[0], updates, ['energy_real', 'energy_synth', 'loss_px']),

@@ -290,3 +290,11 @@ def test_as_a_process(desk):
                           capture_output=True, text=True)
     assert done.returncode == 2 and not done.stdout and snapshot(desk) == before
     assert re.fullmatch('generate.py: note.txt: damaged.*\n', done.stderr), done.stderr
+
+
+def test_a_notebook_that_calls_the_script(desk):
+    """`!python train.py` in a notebook inherits a matplotlib backend that may not be installed."""
+    done = subprocess.run([sys.executable, train.__file__, '--resume', '--out', 'run', *CPU,
+                           '--epochs', '3'], capture_output=True, text=True,
+                          env={**os.environ, 'MPLBACKEND': 'module://not_installed'})
+    assert done.returncode == 0, done.stderr
