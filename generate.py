@@ -1,153 +1,90 @@
 """Draw images from a trained energy (course task 3.5).
 
     python generate.py --ckpt best.pt                               64 samples
-    python generate.py --ckpt best.pt --classes a b c               eight of p(x|y) for each class
-    python generate.py --ckpt best.pt --mode chain --classes a b    watch chains leave the noise
+    python generate.py --ckpt best.pt --mode chain --classes a b    watch chains of two classes
 
-    from noise    samples; chain, the states on the way, with their energies; interpolate, between
-                  two samples; compose, product, mixture and negation of two experts
-    from images   reconstruct, the noise that becomes an image; inpaint, missing pixels; denoise;
-                  concepts, dE/dx, what the energy looks at
-    evaluate      samples seen by an independent classifier; writes evaluate.csv as well
+    from noise    samples; chain: the states on the way, with their energies; interpolate: from one
+                  sample to another; compose: product, mixture and negation of two experts
+    from images   reconstruct: the noise that a chain turns into the image; inpaint: fill in missing
+                  pixels; denoise; concepts: dE/dx, which pixels raise the energy
+    evaluate      let an independent classifier judge the samples; writes evaluate.csv as well
 
 Each mode writes a picture, MODE.png, and its images, MODE.npy, float32 (N, C, H, W), into --out.
 Image i has its own random stream: on the CPU it is the same however many images are drawn.
 """
+import math
 import os
 from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 import torch
+from torchvision.transforms.v2.functional import gaussian_blur, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import (DataError, atomic_write, check_apart, load_data, load_images, save_gif, save_grid,
-                  to_float, write_csv)
+from data import (DataError, atomic_write, check_apart, load_data, load_images, save_grid, to_float,
+                  to_uint8, write_csv)
 from model import CommandLine, energy_of_logits, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, randn, sgld
-
-# Kind of the chains, default --steps and --images, and those flags that only some modes use.
-Mode = namedtuple('Mode', 'kind steps images flags')
-CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
-FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
-FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
-MODES = {
-    'samples': Mode('sampling', 256, None, FROM_NOISE),
-    'chain': Mode('training', 256, None, FROM_NOISE),
-    'interpolate': Mode('descent', 256, None, [*CHAIN, 'classes', 'count']),
-    'reconstruct': Mode('descent', 32, 8, [*FROM_IMAGES, 'iterations']),
-    'inpaint': Mode('training', 48, 8, [*FROM_IMAGES, 'noise', 'count', 'mask']),
-    'denoise': Mode('descent', 24, 8, [*FROM_IMAGES, 'strengths', 'data_weight']),
-    'compose': Mode('sampling', 256, None, [*FROM_NOISE, 'ckpt2', 'weight']),
-    'concepts': Mode('descent', None, 8, [*TEST, 'start', 'classes']),
-    'evaluate': Mode('sampling', 256, 500, [*CHAIN, *TEST, 'noise', 'judge']),
-}
-MASKS = ['left', 'centre', 'random', 'salt-and-pepper']
-
-
-def parse_args(argv=None):
-    parser = CommandLine(__doc__)
-    count, weight, positive = number(int, 1, 10**5), number(float, 0, 1e9), number(float, 1e-9, 1e9)
-    flag = parser.add_argument
-    flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
-    flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
-    flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
-    flag('--count', type=count, default=8, help='of samples for each of --classes, or of rows; '
-         'also of chains, of pairs to interpolate, of completions in inpaint')
-    flag('--out', type=Path, default='.', help='folder to write into')
-    flag = parser.add_argument_group('chains').add_argument
-    flag('--steps', type=count, help='default: denoise 24, reconstruct 32, inpaint 48, others 256')
-    flag('--step-size', type=positive, help='default: that of the training')
-    flag('--noise', type=weight, help='standard deviation in a step; default: that of the training '
-         'in chain and inpaint, else falling from .5 to 0 if training had --matching')
-    flag('--guidance', type=weight, default=1., help='w of E(x) + w (E(x, y) - E(x))')
-    flag('--gif', action='store_true', help='write the chains as a film, MODE.gif')
-    flag = parser.add_argument_group('images and single modes').add_argument
-    flag('--images', type=count, help='number of test images; default: 8, in evaluate 500')
-    flag('--start', type=Path, metavar='FILE|FOLDER', help='your own images instead')
-    flag('--data', help='where the data of the checkpoint are now')
-    flag('--data-root', type=Path, help='where downloads and letterpress are now')
-    flag('--iterations', type=count, default=60, help='reconstruct: steps of Adam')
-    flag('--mask', default='left', help=f'inpaint: {", ".join(MASKS)}, or an image file that is '
-         'white where pixels are missing')
-    flag('--strengths', type=positive, nargs='+', default=[.2, .4, .8], metavar='S',
-         help='denoise: standard deviations of the noise')
-    flag('--data-weight', type=weight, default=.0003, help='denoise: pull to the noisy image')
-    flag('--ckpt2', type=Path, help='compose: checkpoint of the second expert')
-    flag('--weight', type=weight, default=.2, help='compose: w of the negation E1 - w E2')
-    flag('--judge', type=Path, metavar='CKPT', help='evaluate: the independent classifier')
-
-    args = parser.parse_args(argv)
-    for name in [name for mode in MODES.values() for name in mode.flags]:
-        if name not in MODES[args.mode].flags and getattr(args, name) != parser.get_default(name):
-            parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')
-    mask = None if args.mask in MASKS else Path(args.mask)
-    if mask and not mask.is_file():
-        parser.error(f'--mask {mask}: no such image, and none of {", ".join(MASKS)}')
-    outputs = [os.path.realpath(args.out / f'{args.mode}.{end}') for end in ('png', 'npy', 'gif')]
-    for name, path in [('--start', args.start), ('--mask', mask)]:
-        if path and os.path.realpath(path) in outputs:
-            parser.error(f'{name} {path}: would be overwritten; name another --out')
-    args.steps = args.steps or MODES[args.mode].steps
-    args.images = args.images or MODES[args.mode].images
-    return args
-
 
 # --- the one sampler ----------------------------------------------------------------------------
 
 CHUNK = 32  # chains that run together: bounds the memory
-Chains = namedtuple('Chains', 'x curve states')
 
 
 def draw(energy, start, args, streams=(), free=None, keep=()):
     """Run SGLD from every start (N, C, H, W), CHUNK chains at a time. Returns the last states x
-    (N, C, H, W), their energies, curve (steps + 1, N), and states {step: (N, C, H, W)} for `keep`.
+    (N, C, H, W) and the states {step: (N, C, H, W)} at the steps in `keep`.
 
-    energy is a callable (x, i) -> (B,): x (B, C, H, W) are states of the chains number i (B,) of N,
-    so it can look up their labels y[i]. streams are N torch.Generators; chains without noise need
-    none. free, bool (N, 1, H, W), are the pixels that move; None is all."""
+    energy is a callable (x, i) -> (B,): x (B, C, H, W) are the states of the chains with numbers i
+    (B,), so it can look up their labels y[i]. streams are N torch.Generators; chains without noise
+    need none. free, bool (N, 1, H, W), says which pixels move; None means all."""
     count = len(start)
-    streams = [*streams, *[torch.Generator(args.device)] * CHUNK]
+    streams = [*streams, *[torch.Generator(args.device)] * CHUNK]  # the last ones are for copies
     frames = sorted({round(k) for k in np.linspace(0, args.steps, 60)}) if args.gif else []
-    states, curves = {step: [] for step in [*keep, *frames, args.steps]}, []
-    bar = tqdm(total=args.steps * -(-count // CHUNK), desc=args.mode, unit='step')
-    for at in range(0, count, CHUNK):
-        # Copies of the last chain fill up the last chunk: smaller batches may round differently.
-        i = torch.arange(at, at + CHUNK, device=args.device).clamp_max(count - 1)  # (CHUNK,)
-        curve = []
+    states = {step: [] for step in [*keep, *frames, args.steps]}
+    with tqdm(total=args.steps * -(-count // CHUNK), desc=args.mode, unit='step') as bar:
+        for at in range(0, count, CHUNK):
+            # Copies of the last chain fill the last chunk: smaller batches round differently.
+            i = torch.arange(at, at + CHUNK, device=args.device).clamp_max(count - 1)  # (CHUNK,)
 
-        def watch(step, x, e):
-            bar.update(step > 0)
-            curve.append(e)
-            if step in states:
-                states[step].append(x)
-
-        x = sgld(lambda x: energy(x, i), start[i], generator=streams[at:at + CHUNK],
-                 free=None if free is None else free[i], callback=watch, **args.settings)
-        watch(args.steps, x, energy(x, i))
-        curves.append(torch.stack(curve))  # (steps + 1, CHUNK)
-    bar.close()
+            def watch(step, x, _):  # called before each step and after the last one
+                bar.update(step > 0)
+                if step in states:
+                    states[step].append(x)
+            x = sgld(lambda x: energy(x, i), start[i], generator=streams[at:at + CHUNK],
+                     free=None if free is None else free[i], callback=watch, **args.settings)
+            watch(args.steps, x, None)
     states = {step: torch.cat(chunks)[:count] for step, chunks in states.items()}  # (N, C, H, W)
     if args.gif:
-        save_gif([states[step] for step in frames], args.out / f'{args.mode}.gif')
-    return Chains(states[args.steps], torch.cat(curves, dim=1)[:, :count], states)
+        save_film([states[step] for step in frames], args.out / f'{args.mode}.gif')
+    return states[args.steps], states
+
+
+def save_film(frames, path):
+    """A film of a square grid from a list of (N, C, H, W); the last frame is held for 2 s."""
+    columns = math.ceil(len(frames[0]) ** .5)
+    first, *others = [to_pil_image(make_grid(to_uint8(x.cpu()), columns)) for x in frames]
+    with atomic_write(path) as file:
+        first.save(file, 'GIF', save_all=True, append_images=others, loop=0,
+                   duration=[80] * len(others) + [2000])
 
 
 def start_noise(count, checkpoint, args):
     """A torch.Generator for each image and, drawn from it, noise z ~ N(0, 0.01): (N, C, H, W)."""
-    streams = []
-    for i in range(count):
-        # SeedSequence mixes the two numbers: image 1 of seed 0 is not image 0 of seed 1.
-        seed = int(np.random.SeedSequence([args.seed, i]).generate_state(1)[0])
-        streams.append(torch.Generator(args.device).manual_seed(seed))
+    # SeedSequence mixes the two numbers: image 1 of seed 0 is not image 0 of seed 1.
+    seeds = [np.random.SeedSequence([args.seed, i]).generate_state(1)[0] for i in range(count)]
+    streams = [torch.Generator(args.device).manual_seed(int(seed)) for seed in seeds]
     shape = checkpoint['data']['image_shape']  # [C, H, W]
     return streams, prior('gaussian', (count, *shape), streams, args.device)
 
 
 def guided(model, y, args):
-    """Energy for `draw`: E(x) if y is None, else that of classifier-free guidance for labels y (N,)
-    (Ho and Salimans 2022), E(x) + w (E(x, y) - E(x)) = E(x) - w log p(y|x). It is E(x, y) for w = 1
-    and asks for clearer members of the class for w > 1."""
+    """Energy for `draw`: E(x) if y is None, else E(x) - w log p(y|x) = E(x) + w (E(x, y) - E(x))
+    for labels y (N,). It is E(x, y) for w = 1; w > 1 asks for clearer members of the class. This is
+    classifier guidance (Dhariwal and Nichol 2021) by the model's own p(y|x). Classifier-free
+    guidance (Ho and Salimans 2022) is related, but has no explicit classifier."""
     def energy(x, i):
         logits = model.get_logits(x)  # (B, K)
         e = energy_of_logits(logits)  # (B,)
@@ -162,9 +99,9 @@ def guided(model, y, args):
 def samples(model, checkpoint, args):
     """A grid of samples: a row for each of --classes, or --count rows of eight."""
     y, streams, z = start_samples(8 * args.count, args.count, checkpoint, args)
-    x = draw(guided(model, y, args), z, args, streams).x
+    x = draw(guided(model, y, args), z, args, streams)[0]
     save_grid(x, args.out / 'samples.png', args.count if args.classes else 8,
-              f'{args.steps} steps of SGLD from noise', rows=args.classes)
+              f'{args.steps} steps of SGLD from noise', rows=args.classes or ())
     return x
 
 
@@ -172,34 +109,37 @@ def chain(model, checkpoint, args):
     """A row for each chain: its states at steps 0, 1, 2, 4, ... with their energies."""
     y, streams, z = start_samples(args.count, 1, checkpoint, args)
     shown = sorted({0, *(2 ** i for i in range(args.steps.bit_length())), args.steps})
-    chains = draw(guided(model, y, args), z, args, streams, keep=shown)
-    x = torch.stack([chains.states[k] for k in shown], dim=1)  # (N, S, C, H, W)
-    e = chains.curve[shown].T.flatten()  # (steps + 1, N) -> (S, N) -> (N * S,)
-    save_grid(x.flatten(0, 1), args.out / 'chain.png', len(shown),
+    energy = guided(model, y, args)
+    states = draw(energy, z, args, streams, keep=shown)[1]
+    x = torch.stack([states[k] for k in shown], 1).flatten(0, 1)  # (N * S, C, H, W)
+    e = torch.stack([energy(states[k], torch.arange(len(z))) for k in shown], 1)  # (N, S)
+    save_grid(x, args.out / 'chain.png', len(shown),
               f'SGLD with noise {args.settings["noise"]:g}: step, and the energy below each state',
               rows=class_names(y, checkpoint), heads=shown,
-              captions=[f'{value:.2f}' for value in e.tolist()],
-              curve=('mean energy', chains.curve.mean(1).cpu()))  # (steps + 1, N) -> (steps + 1,)
-    return x.flatten(0, 1)  # (N, S, C, H, W) -> (N * S, C, H, W)
+              captions=[f'{value:.2f}' for value in e.flatten().tolist()])
+    return x
 
 
 def interpolate(model, checkpoint, args):
     """Samples between two samples: chains without noise from z = sqrt(rho) z1 + sqrt(1 - rho) z2,
     which is N(0, 0.01) for every rho (Nijkamp et al. 2019, "Learning non-convergent non-persistent
-    short-run MCMC toward energy-based model")."""
+    short-run MCMC toward energy-based model", who write rho^2 for our rho)."""
     y, _, z = start_samples(2 * args.count, 2, checkpoint, args)
     rho = torch.linspace(1, 0, 9, device=args.device).view(9, 1, 1, 1)
     z = rho.sqrt() * z[0::2, None] + (1 - rho).sqrt() * z[1::2, None]  # (P, 9, C, H, W)
     energy = guided(model, y, args)  # a row of 9 follows the label of its z1
-    x = draw(lambda x, i: energy(x, i // 9 * 2), z.flatten(0, 1), args).x  # (P * 9, C, H, W)
+    x = draw(lambda x, i: energy(x, i // 9 * 2), z.flatten(0, 1), args)[0]  # (P * 9, C, H, W)
     save_grid(x, args.out / 'interpolate.png', 9, 'from one sample (rho = 1) to another (rho = 0)',
-              rows=args.classes, heads=[f'{r:.3g}' for r in rho.flatten().tolist()])
+              rows=args.classes or (), heads=[f'{r:.3g}' for r in rho.flatten().tolist()])
     return x
 
 
 def compose(model, checkpoint, args):
-    """Two experts, alone and composed (Du et al. 2020, "Compositional visual generation with energy
-    based models"), a row each: E(x, y) of two classes, or the energies of two checkpoints."""
+    """Two experts, alone and composed, a row each (Du et al. 2020, "Compositional visual generation
+    with energy based models"): two classes, by default the first two, or two checkpoints. "1 or 2"
+    is an equal mixture of both laws only at temperature 1 and if their log Z are the same."""
+    if not args.ckpt2:
+        args.classes = args.classes or checkpoint['class_names'][:2]
     names = args.classes or [args.ckpt, args.ckpt2]
     if len(names) != 2 or None in names:
         fail('--mode compose: name two classes with --classes, or a second checkpoint with --ckpt2')
@@ -208,20 +148,19 @@ def compose(model, checkpoint, args):
         fail(f'--ckpt2 {args.ckpt2}: has images of another shape than {args.ckpt}; name another')
     y1 = y2 = None
     if args.classes:
-        y1 = class_labels(names[:1], checkpoint, args).expand(5 * args.count)  # (5 * count,)
-        y2 = class_labels(names[1:], checkpoint2, args).expand(5 * args.count)
+        y1 = class_labels(names[:1], checkpoint, args).expand(5 * args.count)  # (1,) -> (N,)
+        y2 = class_labels(names[1:], checkpoint2, args).expand(5 * args.count)  # (1,) -> (N,)
     expert1, expert2 = guided(model, y1, args), guided(model2, y2, args)
-    starts = [start_noise(args.count, checkpoint, args) for _ in range(5)]  # each row has the same
+    starts = [start_noise(args.count, checkpoint, args) for _ in range(5)]  # the same in each row
     streams = [stream for streams, _ in starts for stream in streams]
-    z = torch.cat([z for _, z in starts])  # (5 * count, C, H, W)
+    z = torch.cat([z for _, z in starts])  # (N, C, H, W), N = 5 * count
 
     def energy(x, i):
         e1, e2 = expert1(x, i), expert2(x, i)  # (B,) both
         product, mixture, negation = e1 + e2, -torch.logaddexp(-e1, -e2), e1 - args.weight * e2
         e = torch.stack([e1, e2, product, mixture, negation], dim=1)  # (B, 5)
         return e[torch.arange(len(i), device=i.device), i // args.count]  # (B, 5) -> (B,)
-
-    x = draw(energy, z, args, streams).x
+    x = draw(energy, z, args, streams)[0]
     save_grid(x, args.out / 'compose.png', args.count, 'two experts and their compositions',
               rows=[f'1: {names[0]}', f'2: {names[1]}', '1 and 2', '1 or 2', '1 not 2'])
     return x
@@ -229,8 +168,8 @@ def compose(model, checkpoint, args):
 
 def start_samples(count, per_class, checkpoint, args):
     """Labels y (N,), or None for E(x), random streams and noises z (N, C, H, W): `per_class` of
-    each of --classes, or else `count` with labels as frequent as in the training data, so that
-    x ~ p(x|y) is x ~ p(x)."""
+    each of --classes, or else `count` with labels as frequent as in the training data. With such
+    labels, samples of p(x|y) are samples of p(x)."""
     if args.classes:
         y = class_labels(args.classes, checkpoint, args).repeat_interleave(per_class)  # (N,)
         return y, *start_noise(len(y), checkpoint, args)
@@ -239,55 +178,45 @@ def start_samples(count, per_class, checkpoint, args):
         return None, streams, z
     counts = torch.tensor(checkpoint['data']['class_counts']['train'], device=args.device)  # (K,)
     y = [counts.float().multinomial(1, generator=stream) for stream in streams]  # (1,) each
-    return torch.cat(y), streams, z
+    return torch.cat(y), streams, z  # N times (1,) -> (N,)
 
 
 def class_labels(names, checkpoint, args):
-    """Class names -> labels (R,). Positions are accepted too, unless a class is called a number."""
+    """Class names -> labels (R,)."""
     known = checkpoint['class_names']
-    if not known:
-        fail('--classes: this model is a plain EBM without classes; leave the flag out')
-    labels = {name: label for label, name in enumerate(known)}
-    if not any(name.isdecimal() for name in known):
-        labels |= {str(label): label for label in range(len(known))}
     for name in names:
-        if name not in labels:
-            fail(f'--classes {name}: no such class; choose from {" ".join(known)}')
-    return torch.tensor([labels[name] for name in names], device=args.device)
+        if name not in known:
+            fail(f'--classes {name}: choose from {" ".join(known) or "none (a plain EBM)"}')
+    return torch.tensor([known.index(name) for name in names], device=args.device)
 
 
 def class_names(y, checkpoint):
-    return None if y is None else [checkpoint['class_names'][label] for label in y.tolist()]
+    return [] if y is None else [checkpoint['class_names'][label] for label in y.tolist()]
 
 
 # --- from images ----------------------------------------------------------------------------------
 
 def reconstruct(model, checkpoint, args):
-    """The noise z from which a chain without noise ends in a given image x: Adam on |M(z) - x|^2,
-    where M(z) is the last state of the chain (Nijkamp et al. 2019)."""
+    """The noise z from which a chain without noise ends in a given image x: Adam on |M(z) - x|^2
+    for its last state M(z) (Nijkamp et al. 2019). Nothing keeps z within N(0, 0.01)."""
     x, y = given_images(checkpoint, args)  # (N, C, H, W), (N,)
     energy = guided(model, y, args)
-    _, z = start_noise(len(x), checkpoint, args)
-    found = z.clone().requires_grad_(True)  # (N, C, H, W)
-    optimizer = torch.optim.Adam([found], lr=.03)
+    z = start_noise(len(x), checkpoint, args)[1].requires_grad_(True)  # (N, C, H, W)
+    optimizer = torch.optim.Adam([z], lr=.03)
     for _ in tqdm(range(args.iterations), desc='reconstruct', unit='iteration'):
         optimizer.zero_grad()
         for i in torch.arange(len(x), device=args.device).split(8):  # (8,), to bound the memory
-            end = sgld(lambda x: energy(x, i), found[i], differentiable=True, **args.settings)
+            end = sgld(lambda x: energy(x, i), z[i], differentiable=True, **args.settings)
             (end - x[i]).square().sum().backward()
         optimizer.step()
-    starts = torch.cat([z, found.detach()])  # (2N, C, H, W)
-    ends = draw(lambda state, i: energy(state, i % len(x)), starts, args).x  # (2N, C, H, W)
-    first, last = ends.chunk(2)  # (N, C, H, W) both
-    columns = {'image': x, 'z found': starts[len(x):], 'M(first z)': first, 'M(z found)': last,
-               'error': (last - x).abs() - 1}
+    end = draw(energy, z.detach(), args)[0]  # (N, C, H, W)
+    columns = {'image': x, 'z': z.detach(), 'M(z)': end, 'error, black is 0': (end - x).abs() - 1}
     title = f'{args.iterations} steps of Adam through {args.steps} of SGLD; PSNR in dB'
-    return save_columns(columns, ['M(first z)', 'M(z found)'], title, args)
+    return save_columns(columns, ['M(z)'], title, args)
 
 
 def inpaint(model, checkpoint, args):
-    """Missing pixels filled in by SGLD on them alone, --count times from different noises.
-    Baselines: the noise that the chains start from, and the mean of the known pixels."""
+    """Missing pixels filled in by chains that move only them, --count times from other noises."""
     x, y = given_images(checkpoint, args)  # (N, C, H, W), (N,)
     streams, z = start_noise(len(x) * args.count, checkpoint, args)  # (N * count, C, H, W)
     missing = missing_pixels(streams[::args.count], x, args)  # (N, 1, H, W)
@@ -296,7 +225,7 @@ def inpaint(model, checkpoint, args):
     free = missing.repeat_interleave(args.count, 0)  # (N * count, 1, H, W)
     start = torch.where(free, z, x.repeat_interleave(args.count, 0))  # (N * count, C, H, W)
     energy = guided(model, y, args)
-    done = draw(lambda x, i: energy(x, i // args.count), start, args, streams, free).x
+    done = draw(lambda x, i: energy(x, i // args.count), start, args, streams, free)[0]
     done = done.unflatten(0, (-1, args.count))  # (N * count, C, H, W) -> (N, count, C, H, W)
     total = (x * ~missing).sum((2, 3), keepdim=True)  # (N, C, 1, 1)
     mean = total / (~missing).sum((2, 3), keepdim=True).clamp_min(1)  # (N, C, 1, 1)
@@ -309,10 +238,10 @@ def inpaint(model, checkpoint, args):
 
 
 def missing_pixels(streams, x, args):
-    """The pixels that --mask takes away from images x with these streams: bool (N, 1, H, W)."""
+    """The pixels of images x (N, C, H, W) that --mask takes away: bool (N, 1, H, W)."""
     count, _, height, width = x.shape
     if args.mask in ('random', 'salt-and-pepper'):
-        limit = .674 if args.mask == 'random' else 0.  # 3/4, or half, of N(0, 1) is below
+        limit = .674 if args.mask == 'random' else 0.  # 3/4, or 1/2, of N(0, 1) lies below
         return randn((count, 1, height, width), streams, args.device) < limit
     missing = torch.zeros(height, width, dtype=torch.bool, device=args.device)
     if args.mask == 'left':
@@ -327,12 +256,10 @@ def missing_pixels(streams, x, args):
 
 
 def denoise(model, checkpoint, args):
-    """Gaussian noise of a strength s removed by chains without noise, from the noisy image, along
-
-        E(x) + w / (2 s^2) |x - noisy|^2  =  w [E(x) / w + |x - noisy|^2 / (2 s^2)],
-
-    w times the energy of p(x | noisy) for the prior exp(-E/w). w is --data-weight / step size: a
-    step pulls x back by --data-weight / s^2 of the distance. Baseline: total variation."""
+    """Chains without noise of their own start from an image with Gaussian noise of deviation s and
+    follow E(x) + w / (2 s^2) |x - noisy|^2. This is w times the energy of p(x | noisy) for the
+    prior exp(-E/w). As w is --data-weight / step size, a step takes x back by --data-weight / s^2
+    of its distance to the noisy image. Total variation is there to compare with."""
     x, y = given_images(checkpoint, args)  # (N, C, H, W), (N,)
     s = torch.tensor(args.strengths, device=args.device).repeat_interleave(len(x))  # (S * N,)
     streams, z = start_noise(len(s), checkpoint, args)
@@ -344,8 +271,7 @@ def denoise(model, checkpoint, args):
     def energy(state, i):
         distance = (state - noisy[i]).square().sum((1, 2, 3))  # (B,)
         return prior_energy(state, i % len(x)) + w / (2 * s[i] ** 2) * distance
-
-    done = draw(energy, noisy.clamp(-1, 1), args).x  # (S * N, C, H, W)
+    done = draw(energy, noisy.clamp(-1, 1), args)[0]  # (S * N, C, H, W)
     smooth = total_variation(noisy, s)  # (S * N, C, H, W)
     columns = {'image': x}
     for i, strength in enumerate(args.strengths):
@@ -358,17 +284,17 @@ def denoise(model, checkpoint, args):
 
 def total_variation(noisy, s):
     """Descent on (|u - noisy|^2 + 1.75 s * sum |grad u|) / 2 (Rudin, Osher and Fatemi 1992) for
-    strengths s (B,): (B, C, H, W) -> u (B, C, H, W). The factor was chosen on validation images."""
+    noise of deviation s (B,): (B, C, H, W) -> u (B, C, H, W). 1.75 suits validation images best."""
     def objective(u):  # (B, C, H, W) -> (B,)
         across, down = u[..., :-1, :].diff(dim=3), u[..., :-1].diff(dim=2)  # (B, C, H - 1, W - 1)
-        length = (across.square() + down.square() + 1e-4).sqrt()
+        length = (across.square() + down.square() + 1e-4).sqrt()  # |grad u|, smooth at 0
         return ((u - noisy).square().sum((1, 2, 3)) + 1.75 * s * length.sum((1, 2, 3))) / 2
     return sgld(objective, noisy, 800, step_size=.004, noise=0., clamp=None)
 
 
 def given_images(checkpoint, args):
-    """Images x (N, C, H, W) in [-1, 1]: those of --start, or --images of the test split, at even
-    distances. With them the labels (N,) that chains follow, or None for E(x)."""
+    """Images x (N, C, H, W) in [-1, 1]: those of --start, or --images of the test split, spread
+    evenly over it. Also the labels (N,) that chains follow, or None for E(x)."""
     if args.start:
         channels, size, _ = checkpoint['data']['image_shape']
         x, y = to_float(load_images(args.start, size, channels)[0]), None
@@ -385,38 +311,37 @@ def given_images(checkpoint, args):
 
 
 def load_test(checkpoint, args):
-    """The test split of the data that the model was trained on; a DataError if it is another."""
+    """The test split of the training's data set. Raises DataError if the set has changed."""
     flags = checkpoint['args']
     return load_data(args.data or flags['data'], data_root=args.data_root or flags['data_root'],
                      seed=flags['seed'], like=checkpoint['data']).test
 
 
 def save_columns(columns, scored, title, args, where=None):
-    """Draw up to eight images with what became of them and return all, (N * columns, C, H, W).
+    """Draw a row for each of the first eight images and return all rows, (N * columns, C, H, W).
     columns is {name: (N, C, H, W)}; those in `scored` get their PSNR over the pixels `where`."""
     x, scores, captions = columns['image'], {}, []
     for name in scored:
         scores[name] = psnr(columns[name], x, where).tolist()
         print(f'{name:<14}{np.mean(scores[name]):6.2f} dB, mean over {len(x)} images')
     for i in range(min(8, len(x))):
-        for name in columns:
-            captions.append(f'{scores[name][i]:.1f}' if name in scores else '')
+        captions += [f'{scores[name][i]:.1f}' if name in scores else '' for name in columns]
     stacked = torch.stack(list(columns.values()), dim=1)  # (N, columns, C, H, W)
     save_grid(stacked[:8].flatten(0, 1), args.out / f'{args.mode}.png', len(columns), title,
               heads=list(columns), captions=captions)
-    return stacked.flatten(0, 1)
+    return stacked.flatten(0, 1)  # (N * columns, C, H, W)
 
 
 def psnr(result, x, where=None):
-    """Peak signal-to-noise ratio in dB, over the pixels `where` or all: (N, C, H, W) -> (N,)."""
+    """PSNR in dB, 10 log10(2^2 / MSE), over the pixels `where` or all: (N, C, H, W) -> (N,)."""
     where = torch.ones_like(x) if where is None else where.expand_as(x).float()
     mse = ((result - x).square() * where).sum((1, 2, 3)) / where.sum((1, 2, 3))  # (N,)
-    return 10 * (4 / mse).log10()  # the values have a range of 2
+    return 10 * (4 / mse).log10()
 
 
 def concepts(model, checkpoint, args):
-    """What the energies look at: the gradients of E(x), and of E(x, y) for the three most likely
-    classes or --classes. Red: a brighter pixel is less likely; blue: more likely."""
+    """The gradients of E(x), and of E(x, y) for --classes or else the three most likely classes.
+    A brighter pixel raises the energy where the picture is red and lowers it where it is blue."""
     x, _ = given_images(checkpoint, args)  # (N, C, H, W)
     logits = model.get_logits(x.requires_grad_(True))  # (N, K)
     labels = logits.topk(min(3, logits.shape[1])).indices  # (N, R)
@@ -447,52 +372,46 @@ def heat_map(x, gradient):
 
 
 def evaluate(model, checkpoint, args):
-    """How often an independent classifier sees the class asked for, the Frechet distance of its
-    features, and the share of distinct samples: farther from the next one of their class than the
-    closest 5 % of test images. The numbers of further test images show what can be reached."""
+    """An independent classifier, the judge, looks at a sample for each of --images test images, of
+    the same class, and in the row `more real` at other test images instead. agreement: the share
+    that it puts into the class asked for. frechet: distance of its features from those of the test
+    images. distinct, coverage: see `variety`; a blur takes away fine grain, which is no variety."""
     if not checkpoint['class_names']:
         fail(f'--mode evaluate: {args.ckpt} is a plain EBM without classes; evaluate a JEM')
     judge, test = load_judge(checkpoint, args), load_test(checkpoint, args)
     first, second = paired_halves(test.labels, args.images, args.seed)  # (N,) both
     real, y = test.batch(first)  # (N, C, H, W), (N,)
     streams, z = start_noise(len(y), checkpoint, args)
-    x = draw(guided(model, y.to(args.device), args), z, args, streams).x
-
-    features_real, _ = judge_features(judge, real, args)  # (N, D)
-    distances = nearest(features_real, y)  # (N,), inf if there is no other image of the class
-    closest = distances.masked_fill(distances.isinf(), torch.nan).nanquantile(.05)
-    rows, p = [], {}
-    for name, images in [('samples', x), ('more real', test.batch(second)[0])]:
-        features, logits = judge_features(judge, images, args)  # (N, D), (N, K)
-        row = {'images': name,
-               'agreement': (logits.argmax(1) == y).float().mean().item(),
-               'frechet': frechet_distance(features, features_real),
-               'distinct': 1 - (nearest(features, y) <= closest).float().mean().item(),
-               'n': len(y)}
-        rows.append(row)
-        print(name, *[f' {key} {row[key]:.3f}' for key in ('agreement', 'frechet', 'distinct')])
-        p[name] = logits.softmax(1)[torch.arange(len(y)), y]  # (N, K) -> (N,), p(y|x)
+    x = draw(guided(model, y.to(args.device), args), z, args, streams)[0].cpu()  # (N, C, H, W)
+    sharp_real, soft_real, _ = judge_features(judge, real, args)  # (N, D) both
+    rows = []
+    for name, images in [('more real', test.batch(second)[0]), ('samples', x)]:
+        sharp, soft, logits = judge_features(judge, images, args)  # (N, D) both, (N, K)
+        row = {'images': name, 'agreement': (logits.argmax(1) == y).double().mean().item(),
+               'frechet': frechet_distance(sharp, sharp_real)}
+        row['distinct'], row['coverage'] = variety(sharp, sharp_real, y)
+        row['distinct_blurred'], row['coverage_blurred'] = variety(soft, soft_real, y)
+        print(f'{name:9}', *[f' {key} {value:.3f}' for key, value in list(row.items())[1:]])
+        rows.append({**row, 'n': len(y)})
     write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
-    worst = p['samples'].argsort()[:64]
-    pairs = zip(class_names(y[worst], checkpoint), p['samples'][worst].tolist())
-    save_grid(x.cpu()[worst], args.out / 'evaluate.png', 8,
-              'samples with the lowest p(y|x) of the classifier: class asked for, p(y|x)',
-              captions=[f'{name}: {value:.2f}' for name, value in pairs])
+    p = logits.softmax(1)[torch.arange(len(y)), y]  # (N, K) -> (N,), p(y|x) of the samples
+    save_grid(x[p.argsort()[:64]], args.out / 'evaluate.png', 8,
+              'samples of the lowest p(y|x) of the judge, and the class asked for',
+              captions=class_names(y[p.argsort()[:64]], checkpoint))
     return x
 
 
 def load_judge(checkpoint, args):
     """The classifier at --judge: of another run, on the same data, split in the same way."""
+    flags = checkpoint['args']
     if not args.judge:
-        fail('--mode evaluate: name an independent classifier with --judge; python train.py '
-             '--px-weight 0 --width 48 on the same data makes one')
+        fail('--mode evaluate: needs an independent classifier; train one with python train.py '
+             f'--data {flags["data"]} --seed {flags["seed"]} --px-weight 0 --width 48 --out judge '
+             'and name it with --judge judge/best.pt')
     judge, facts = load_model(args.judge, args.device, args.precision)
-    if facts['args'] == checkpoint['args']:
-        fail(f'--judge {args.judge}: is --ckpt itself, or of the same run; name another classifier')
-    if not facts['class_names']:
-        fail(f'--judge {args.judge}: is a plain EBM and no classifier; name another')
-    if facts['data'] != checkpoint['data'] or facts['args']['seed'] != checkpoint['args']['seed']:
-        fail(f'--judge {args.judge}: has other --data or another --seed than {args.ckpt}')
+    same_data = facts['data'] == checkpoint['data'] and facts['args']['seed'] == flags['seed']
+    if facts['args'] == flags or not facts['class_names'] or not same_data:
+        fail(f'--judge {args.judge}: name an independent classifier of the same --data and --seed')
     return judge
 
 
@@ -504,16 +423,20 @@ def paired_halves(labels, count, seed):
         members = order[labels[order] == label]  # in random order
         pairs.append(members[:len(members) // 2 * 2].view(-1, 2))  # an odd one is left out
     pairs = torch.cat(pairs)  # (P, 2)
-    if len(pairs) < 2 or count < 2:
-        fail('--images: evaluate needs at least two, and two pairs of test images of one class')
     picked = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count]
+    if len(picked) == len(labels[pairs[picked, 0]].unique()):
+        fail(f'--images {count}: no class has two of these test images; name more images')
     return pairs[picked].unbind(1)  # (N, 2) -> (N,) both
 
 
 def judge_features(judge, x, args):
-    """Last features (N, D) and logits (N, K) of images (N, C, H, W), both on the CPU."""
-    features = torch.cat([judge.features(part.to(args.device)) for part in x.split(256)])  # (N, D)
-    return features.cpu().double(), judge.head(features).cpu()  # mps has no float64
+    """The judge's last features (N, D) of images (N, C, H, W), those of the images after a Gaussian
+    blur of 1.5 pixels at a width of 56, in proportion elsewhere, and logits (N, K), on the CPU."""
+    sigma = 1.5 * x.shape[3] / 56
+    soft = gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma)  # (N, C, H, W)
+    sharp, soft = [torch.cat([judge.features(part.to(args.device)) for part in images.split(256)])
+                   for images in (x, soft)]  # (N, D) both
+    return sharp.cpu().double(), soft.cpu().double(), judge.head(sharp).cpu()  # mps lacks float64
 
 
 def frechet_distance(a, b):
@@ -525,11 +448,89 @@ def frechet_distance(a, b):
     return (distance - 2 * root.sum()).item()
 
 
-def nearest(features, y):
-    """Distance to the nearest other image of the class, or inf: (N, D), (N,) -> (N,)."""
-    distance = torch.cdist(features, features)  # (N, N)
-    distance[y[:, None] != y] = torch.inf
-    return distance.fill_diagonal_(torch.inf).amin(1)
+def variety(features, real, y, k=5):
+    """`distinct`: the share of samples that are farther from the nearest other sample of their
+    class than the closest 5 % of real images from theirs. `coverage` (Naeem et al. 2020): the share
+    of real images with a sample of their class within the distance of their k-th nearest other real
+    image, or of the farthest if there are fewer. Both get features (N, D) with the same labels y
+    (N,) for samples and real images; those alone in their class are left out."""
+    def distances(a, b):  # (N, D) both -> (N, N), inf between classes, 0 for equal features
+        distance = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
+        return distance.masked_fill(y[:, None] != y, torch.inf)
+    nearest = distances(real, real).fill_diagonal_(torch.inf).sort(1).values[:, :k]  # (N, k)
+    radius = nearest.nan_to_num(posinf=0.).amax(1)  # (N,)
+    covered = distances(real, features).amin(1) <= radius  # (N,)
+    others = nearest[:, 0].isfinite()  # (N,), whether the class has other images
+    apart = distances(features, features).fill_diagonal_(torch.inf).amin(1)  # (N,)
+    distinct = apart > nearest[others, 0].quantile(.05)  # (N,)
+    return [share[others].double().mean().item() for share in (distinct, covered)]
+
+
+# --- the command line -----------------------------------------------------------------------------
+
+# kind: see `chain_settings`; steps, images: default values; flags: those of not every mode.
+Mode = namedtuple('Mode', 'function kind steps images flags')
+CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
+FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
+FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
+MODES = {
+    'samples': Mode(samples, 'sampling', 256, None, FROM_NOISE),
+    'chain': Mode(chain, 'training', 256, None, FROM_NOISE),
+    'interpolate': Mode(interpolate, 'descent', 256, None, [*CHAIN, 'classes', 'count']),
+    'reconstruct': Mode(reconstruct, 'descent', 32, 8, [*FROM_IMAGES, 'iterations']),
+    'inpaint': Mode(inpaint, 'training', 48, 8, [*FROM_IMAGES, 'noise', 'count', 'mask']),
+    'denoise': Mode(denoise, 'descent', 24, 8, [*FROM_IMAGES, 'strengths', 'data_weight']),
+    'compose': Mode(compose, 'sampling', 256, None, [*FROM_NOISE, 'ckpt2', 'weight']),
+    'concepts': Mode(concepts, 'descent', None, 8, [*TEST, 'start', 'classes']),
+    'evaluate': Mode(evaluate, 'sampling', 256, 500, [*CHAIN, *TEST, 'noise', 'judge']),
+}
+MASKS = ['left', 'centre', 'random', 'salt-and-pepper']
+
+
+def parse_args(argv=None):
+    parser = CommandLine(__doc__)
+    count, weight, positive = number(int, 1, 10**5), number(float, 0, 1e9), number(float, 1e-9, 1e9)
+    flag = parser.add_argument
+    flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
+    flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
+    flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
+    flag('--count', type=count, default=8, help='samples of each class, or rows of eight samples; '
+         'completions in inpaint; rows in chain and interpolate without --classes')
+    flag('--out', type=Path, default='.', help='folder to write into')
+    flag = parser.add_argument_group('chains').add_argument
+    flag('--steps', type=count, help='default: denoise 24, reconstruct 32, inpaint 48, others 256')
+    flag('--step-size', type=positive, help='default: that of the training')
+    flag('--noise', type=weight, help='standard deviation in a step; default: see chain_settings')
+    flag('--guidance', type=weight, default=1., help='w of E(x) - w log p(y|x)')
+    flag('--gif', action='store_true', help='write the chains as a film, MODE.gif')
+    flag = parser.add_argument_group('images and single modes').add_argument
+    flag('--images', type=count, help='number of test images; default: 8, in evaluate 500')
+    flag('--start', type=Path, metavar='FILE|FOLDER', help='your own images instead')
+    flag('--data', help='where the data of the checkpoint are now')
+    flag('--data-root', type=Path, help='where downloads and letterpress are now')
+    flag('--iterations', type=count, default=60, help='reconstruct: steps of Adam')
+    flag('--mask', default='left', help=f'inpaint: {", ".join(MASKS)}, or an image file that is '
+         'white where pixels are missing')
+    flag('--strengths', type=positive, nargs='+', default=[.2, .4, .8], metavar='S',
+         help='denoise: standard deviations of the noise')
+    flag('--data-weight', type=weight, default=.0003, help='denoise: pull to the noisy image')
+    flag('--ckpt2', type=Path, help='compose: checkpoint of the second expert')
+    flag('--weight', type=weight, default=.2, help='compose: w of the negation E1 - w E2')
+    flag('--judge', type=Path, metavar='CKPT', help='evaluate: the independent classifier')
+    args = parser.parse_args(argv)
+    for name in [name for mode in MODES.values() for name in mode.flags]:
+        if name not in MODES[args.mode].flags and getattr(args, name) != parser.get_default(name):
+            parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')
+    if args.mode == 'denoise' and args.data_weight > min(args.strengths) ** 2:
+        parser.error('--data-weight: must be at most the square of each of --strengths')
+    if args.mask not in MASKS and not os.path.isfile(args.mask):
+        parser.error(f'--mask {args.mask}: no such image, and none of {", ".join(MASKS)}')
+    outputs = [os.path.realpath(args.out / f'{args.mode}.{end}') for end in ('png', 'npy', 'gif')]
+    if args.start and os.path.realpath(args.start) in outputs:
+        parser.error(f'--start {args.start}: would be overwritten; name another --out')
+    args.steps = args.steps or MODES[args.mode].steps
+    args.images = args.images or MODES[args.mode].images
+    return args
 
 
 def main(argv=None):
@@ -539,7 +540,7 @@ def main(argv=None):
         check_apart(args.out, args.data or checkpoint['args']['data'], args.start)
         args.settings = chain_settings(checkpoint['sampler'], MODES[args.mode].kind, args.steps,
                                        args.step_size, args.noise)
-        x = globals()[args.mode](model, checkpoint, args)  # the function of that name
+        x = MODES[args.mode].function(model, checkpoint, args)  # (N, C, H, W)
         with atomic_write(args.out / f'{args.mode}.npy') as file:
             np.save(file, x.cpu().numpy())
     print(f'{args.out / args.mode}.png, {args.out / args.mode}.npy')

@@ -19,11 +19,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from tqdm import tqdm
 
-from data import (DataError, check_apart, load_data, load_images, load_ood, ood_names, printable,
-                  save_figure, save_grid, shortened, to_float, write_csv)
+from data import (DataError, check_apart, find_images, load_data, load_images, load_ood, ood_names,
+                  printable, save_figure, save_grid, shortened, to_float, write_csv)
 from model import CommandLine, energy_of_logits, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, sgld
 
@@ -73,7 +72,7 @@ def all_scores(logits, gradient):
         scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max p, Hendrycks and Gimpel 2017
         scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # H[p(y|x)]
         scores['max_logit'] = -logits.amax(1)  # min_y E(x, y)
-    # JEM's approximate mass (section 5.3), sign turned: the energy is flat around typical images.
+    # JEM's approximate mass (5.3), negated; no evidence if the matching term made E flat at data.
     scores['grad_norm'] = gradient.flatten(1).norm(dim=1).double()  # ||dE/dx||_2
     return {name: score.numpy() for name, score in scores.items()}
 
@@ -119,6 +118,7 @@ def bootstrap_auroc(score_id, score_ood, seed, resamples):
 
 def report(model, baseline, data, sets, args):
     """All scores on all OOD `sets`, {name: uint8 (N, C, H, W)}: table, ood.csv and pictures."""
+    from sklearn.metrics import average_precision_score  # slow to import
     threshold = find_threshold(model, data, args.device)
     images = {'test': data.test.images, **sets}
     scores, metrics, rows = {}, {}, []
@@ -141,8 +141,10 @@ def report(model, baseline, data, sets, args):
     for name, classifier in {'checkpoint': model, 'baseline': baseline}.items():
         if classifier is not None and classifier.settings['num_classes'] > 1:
             logits, _ = evaluate(classifier, data.test.images, args.device)  # (N, K)
-            accuracy = (logits.argmax(1) == data.test.labels).float().mean()
-            print(f'accuracy of the {name} on the {len(logits)} test images: {accuracy:.4f}')
+            p, y = logits.softmax(1).numpy(), data.test.labels.numpy()  # (N, K), (N,)
+            auprc = np.mean([average_precision_score(y == k, p[:, k]) for k in np.unique(y)])
+            print(f'{name} on the {len(y)} test images: accuracy {(p.argmax(1) == y).mean():.4f}, '
+                  f'macro AUPRC {auprc:.4f}')
 
 
 def print_table(scores, metrics, threshold):
@@ -156,7 +158,7 @@ def print_table(scores, metrics, threshold):
               f'[{row["auroc_low"]:.4f}, {row["auroc_high"]:.4f}] {row["aupr"]:7.4f}'
               f'{row["fpr95"]:8.4f}{rejected[name]:10.4f}        ',
               *[f'{metrics[name][score]["auroc"]:{len(score)}.4f}' for score in others])
-    print(f'rejected: energy above {threshold:.3f}, which keeps {KEEP:.0%} of the validation data '
+    print(f'rejected: energy above {threshold:.6g}, which keeps {KEEP:.0%} of the validation data '
           f'and rejects {rejected["test"]:.1%} of the {row["n_id"]} test images')
 
 
@@ -225,11 +227,8 @@ def check(model, class_names, data, args):
     """check.csv: file, energy, verdict, class and confidence max_y p(y|x) of images at --check."""
     threshold = find_threshold(model, data, args.device)
     channels, size = data.test.images.shape[1:3]
-    kinds = Image.registered_extensions()
-    files = [file for file in sorted(args.check.rglob('*')) if file.suffix.lower() in kinds
-             and not any(part[0] == '.' for part in file.relative_to(args.check).parts)]  # hidden
     rows, errors = [], []
-    for file in files or [args.check]:
+    for file in find_images(args.check) if args.check.is_dir() else [args.check]:
         try:
             images, names = load_images(file, size, channels)  # uint8 (N, C, H, W)
         except DataError as error:
@@ -249,10 +248,11 @@ def check(model, class_names, data, args):
     write_csv(rows, ['file', 'energy', 'verdict', 'class', 'confidence'], args.out / 'check.csv')
     for row in rows[:20]:
         print(*row.values(), sep='  ')
-    count = sum(row['verdict'] == 'OOD' for row in rows)
-    print(f'{count} of {len(rows)} are OOD (energy above {threshold:.3f}); {args.out}/check.csv')
+    known = [row['verdict'] for row in rows if 'energy' in row]
+    print(f'{known.count("OOD")} of {len(known)} are OOD (energy above {threshold:.6g}); '
+          f'{args.out}/check.csv')
     if errors:
-        fail(f'--check: {len(errors)} of {len(rows)} are unreadable, the first of them {errors[0]}')
+        fail(f'--check: {len(errors)} unreadable, the first of them {errors[0]}')
 
 
 # --- trust: calibration and robustness ------------------------------------------------------------

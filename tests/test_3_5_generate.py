@@ -12,16 +12,17 @@ import generate
 import train
 from conftest import QUICK, bars
 from model import load_model
+from sampler import sgld
 
 CPU = ['--device', 'cpu', '--precision', 'fp32']
 # Flags of a quick run of each mode, and how many images it then saves of the three test images.
 QUICK_MODES = {'samples': (['--count', '1'], 8),
                'chain': (['--count', '2'], 2 * 5),
                'interpolate': (['--count', '1'], 9),
-               'reconstruct': (['--images', '3', '--iterations', '2'], 3 * 5),
+               'reconstruct': (['--images', '3', '--iterations', '2'], 3 * 4),
                'inpaint': (['--images', '3', '--count', '2'], 3 * 6),
                'denoise': (['--images', '3'], 3 * 10),
-               'compose': (['--count', '2', '--classes', '0', '1'], 5 * 2),
+               'compose': (['--count', '2'], 5 * 2),
                'concepts': (['--images', '3'], 3 * 4)}
 
 
@@ -169,14 +170,13 @@ def test_labels_are_as_frequent_as_in_the_data(plain):
 
 
 def test_class_names_that_are_numbers(refused):
-    """A name is a name; a position counts only where no class is called a number."""
+    """A class goes by its name and never by its position, also where names are numbers."""
     def labels(known):
         return lambda names: generate.class_labels(names, {'class_names': known}, parse()).tolist()
 
-    letters, numbers, both = 'a b c'.split(), [str(i) for i in range(1, 12)], 'a b 7'.split()
-    assert labels(letters)(['c', '0', 'b']) == [2, 0, 1]
-    assert labels(numbers)(['1', '11']) == [0, 10] and labels(both)(['7']) == [2]
-    for known, name in [(numbers, '0'), (both, '1'), (letters, '3'), (letters, '-1')]:
+    letters, numbers = 'a b c'.split(), [str(i) for i in range(1, 12)]
+    assert labels(letters)(['c', 'a', 'b']) == [2, 0, 1] and labels(numbers)(['1', '11']) == [0, 10]
+    for known, name in [(numbers, '0'), (letters, '0'), (letters, '3'), (letters, '-1')]:
         line = refused(labels(known), name)
         assert f'--classes {name}' in line and line.endswith(' '.join(known))
 
@@ -214,18 +214,29 @@ def test_chain_starts_in_the_prior_and_ends_in_the_samples(plain, tmp_path):
     assert np.array_equal(states[:, -1], run(plain, tmp_path, '--count', 1)[:, 0])
 
 
-def test_energies_of_a_chain(plain):
-    """`draw` returns the states asked for and the energy of every state, chunk by chunk."""
+def test_energies_of_a_chain(plain, tmp_path, monkeypatch):
+    """Below each state stands its own energy, E(x, y) of the class of its chain."""
+    below, steep, checkpoint = [], tmp_path / 'steep.pt', load_model(plain)[1]
+    checkpoint['weights']['head.weight'].mul_(1000)
+    torch.save(checkpoint, steep)
+    monkeypatch.setattr(generate, 'save_grid', lambda *_, captions, **__: below.extend(captions))
+    states = run(steep, tmp_path, '--classes', 'lie', 'stand', mode='chain')  # (2 * 5, 1, 16, 16)
+    y = torch.tensor([1, 0]).repeat_interleave(5)
+    energies = load_model(steep)[0].energy(torch.from_numpy(states), y)
+    assert below == [f'{e:.2f}' for e in energies.tolist()] and len(set(below)) > 5
+
+
+def test_states_of_many_chains(plain):
+    """`draw` returns the states asked for, chunk by chunk, in the order of the chains."""
     model, _ = load_model(plain)
     args = parse('--mode', 'chain', '--steps', 3)
-    args.settings = {'steps': 3, 'step_size': 20., 'noise': .1}
-    streams = [torch.Generator().manual_seed(i) for i in range(40)]
-    y = torch.arange(40) % 3
-    start = torch.rand(40, 1, 16, 16)
-    chains = generate.draw(generate.guided(model, y, args), start, args, streams, keep=[0, 2])
-    assert chains.curve.shape == (4, 40) and torch.equal(chains.states[0], start)
-    for step, x in {0: start, 2: chains.states[2], 3: chains.x}.items():
-        torch.testing.assert_close(chains.curve[step], model.energy(x, y))
+    args.settings = {'steps': 3, 'step_size': 20., 'noise': 0.}
+    y, start = torch.arange(40) % 3, torch.rand(40, 1, 16, 16)
+    x, states = generate.draw(generate.guided(model, y, args), start, args, keep=[0, 2])
+    assert torch.equal(states[0], start) and list(states) == [0, 2, 3]
+    for steps, state in {2: states[2], 3: x}.items():
+        wanted = sgld(lambda x: model.energy(x, y), start, steps, 20., 0.)
+        torch.testing.assert_close(state, wanted)
 
 
 # --- interpolate ----------------------------------------------------------------------------------
@@ -245,7 +256,7 @@ def test_mixed_noise_keeps_its_variance(plain, tmp_path, monkeypatch):
 
     def spy(energy, start, *_, **__):
         starts.append(start)
-        return generate.Chains(start, None, None)
+        return (start, None)
 
     monkeypatch.setattr(generate, 'draw', spy)
     run(plain, tmp_path, '--count', 20, mode='interpolate')
@@ -256,13 +267,17 @@ def test_mixed_noise_keeps_its_variance(plain, tmp_path, monkeypatch):
 # --- reconstruct ----------------------------------------------------------------------------------
 
 def test_reconstruction_comes_closer_to_the_image(plain, tmp_path):
-    """The noise found leads closer to each image than the first noise, also to images that do not
-    fit into one chunk."""
-    columns = run(plain, tmp_path, '--images', 10, '--iterations', 15, mode='reconstruct')
-    image, _, before, after, error = columns.reshape(10, 5, 16, 16).transpose(1, 0, 2, 3)
-    distances = [((end - image) ** 2).mean((1, 2)) for end in (before, after)]
+    """Every column is what it says, and more steps of Adam lead closer to each image, also to
+    images that do not fit into one chunk."""
+    distances = []
+    for iterations in (1, 15):
+        columns = run(plain, tmp_path, '--images', 40, '--iterations', iterations,
+                      mode='reconstruct').reshape(24, 4, 16, 16)
+        image, z, end, error = columns.transpose(1, 0, 2, 3)
+        np.testing.assert_allclose(error, abs(end - image) - 1, atol=1e-6)
+        distances.append(((end - image) ** 2).mean((1, 2)))
     assert (distances[1] < .9 * distances[0]).all()
-    np.testing.assert_allclose(error, abs(after - image) - 1, atol=1e-6)
+    assert abs(end - z).max() > 0
 
 
 # --- inpaint --------------------------------------------------------------------------------------
@@ -373,7 +388,7 @@ def test_data_term_pulls_by_its_share(plain, tmp_path, monkeypatch):
         free, = torch.autograd.grad(energy(start.requires_grad_(True), i).sum(), start)
         step = args.settings['step_size'] * (pull - free)  # (S * N, C, H, W)
         shares.append(step.mean(dim=(1, 2, 3)) / .3)
-        return generate.Chains(start.detach(), None, None)
+        return (start.detach(), None)
 
     shares = []
     monkeypatch.setattr(generate, 'draw', spy)
@@ -392,6 +407,13 @@ def test_total_variation_smooths_noise_and_keeps_edges():
         assert (generate.total_variation(turned + noise, s) - turned).std() < .5 * noise.std()
 
 
+def test_data_weight_that_overshoots(plain, refusal):
+    """Above s^2, a step would go past the noisy image and the chains would swing ever wider."""
+    use = ['--ckpt', plain, '--strengths', .01, .2]
+    assert '--data-weight: must be at most' in refusal('denoise', *use)
+    parse('--mode', 'denoise', '--strengths', .1, '--data-weight', .01)
+
+
 # --- compose --------------------------------------------------------------------------------------
 
 def test_compositions_of_two_energies(plain, tmp_path, monkeypatch):
@@ -403,7 +425,7 @@ def test_compositions_of_two_energies(plain, tmp_path, monkeypatch):
         i = torch.tensor([0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
         energies.append(energy(start[i], i))
         energies.append(energy(start[i.flip(0)], i.flip(0)).flip(0))
-        return generate.Chains(start, None, None)
+        return (start, None)
 
     energies = []
     monkeypatch.setattr(generate, 'guided', constant)
@@ -430,10 +452,19 @@ def test_experts_share_their_noise(plain, tmp_path):
     assert np.array_equal(rows[3:6], run(other, tmp_path, *marginal))
 
 
+def test_first_two_classes_are_composed_by_default(plain, tmp_path):
+    """Without --classes and --ckpt2 the experts are the first two classes."""
+    rows = run(plain, tmp_path, '--count', 2, mode='compose')
+    named = run(plain, tmp_path, '--count', 2, '--classes', 'stand', 'lie', mode='compose')
+    assert np.array_equal(rows, named)
+
+
 def test_what_cannot_be_composed(plain, coloured, tmp_path, refusal):
     """There must be two experts, and they must share the shape of their images."""
-    out = ['--ckpt', plain, '--out', tmp_path / 'o']
+    out, ebm = ['--ckpt', plain, '--out', tmp_path / 'o'], tmp_path / 'ebm.pt'
     assert 'two classes' in refusal('compose', *out, '--classes', 'lie')
+    torch.save({**load_model(plain)[1], 'class_names': []}, ebm)
+    assert '--ckpt2' in refusal('compose', '--ckpt', ebm, '--out', tmp_path / 'o')
     assert 'another shape' in refusal('compose', *out, '--ckpt2', coloured)
     assert not (tmp_path / 'o').exists()
 
@@ -444,7 +475,8 @@ def test_gradients_of_the_energies(plain, tmp_path):
     """`concepts` saves dE(x)/dx = sum_y p(y|x) dE(x, y)/dx and, after it, dE(x, y)/dx of each of
     --classes, else of the most likely ones."""
     model, checkpoint = load_model(plain)
-    maps = run(plain, tmp_path, '--images', 2, '--classes', 0, 1, 2, mode='concepts')
+    classes = ['--classes', 'stand', 'lie', 'lean']
+    maps = run(plain, tmp_path, '--images', 2, *classes, mode='concepts')
     maps = maps.reshape(2, 4, 16, 16)
     x, _ = generate.given_images(checkpoint, parse('--mode', 'concepts', '--images', 2))
     p = model.get_logits(x).softmax(1)  # (2, 3)
@@ -495,11 +527,54 @@ def test_halves_are_disjoint_and_paired_by_class():
     assert len(few) == 5 and not torch.equal(few, other_seed)
 
 
-def test_nearest_looks_among_others_of_its_class():
-    """Itself and other classes do not count; alone in a class means infinitely far."""
-    features = torch.tensor([[0.], [3.], [.1], [7.], [8.]]).double()
-    distances = generate.nearest(features, torch.tensor([0, 0, 1, 2, 2])).tolist()
-    assert distances == pytest.approx([3, 3, float('inf'), 1, 1])
+def test_distinct_by_hand():
+    """A sample is distinct if its nearest other sample of the class is farther than the closest of
+    the real images are from each other. Other classes, and images alone in theirs, do not count."""
+    y = torch.tensor([0, 0, 0, 1])
+    real = torch.tensor([[0.], [1.], [3.], [3.1]]).double()
+    for samples, distinct in [([0., 5, 9, 5], 1), ([0, .5, 9, 9], 1 / 3), ([7, 7, 7, 7], 0)]:
+        found = generate.variety(torch.tensor(samples).double()[:, None], real, y)[0]
+        assert found == pytest.approx(distinct)
+    same = torch.zeros_like(real)  # the closest real images are equal, and so are the samples
+    assert generate.variety(same, same, y)[0] == 0
+
+
+def test_coverage_by_hand():
+    """A real image is covered if a sample of its class is within the distance of its k-th nearest
+    other real image, the border included, or of the farthest where a class has fewer."""
+    def coverage(samples, k):
+        return generate.variety(torch.tensor(samples).double()[:, None], real, y, k)[1]
+
+    y = torch.tensor([0, 0, 0, 0, 1, 1, 2])
+    real = torch.tensor([[0.], [1.], [3.], [7.], [1.], [2.], [0.]]).double()
+    far = [99., 99, 99]
+    assert coverage([-1., 99, 99, 99, *far], k=1) == pytest.approx(1 / 6)  # radii 1, 1, 2, 4
+    assert coverage([3., 99, 99, 99, *far], k=1) == pytest.approx(2 / 6)
+    assert coverage([3., 99, 99, 99, *far], k=2) == pytest.approx(4 / 6)  # radii 3, 2, 3, 6
+    assert coverage([*4 * [99.], 3, 99, 99], k=5) == pytest.approx(1 / 6)  # radius 1 of two images
+    assert coverage(real.flatten().tolist(), k=5) == 1
+    assert coverage([*4 * [99.], 99, 99, 0], k=5) == 0  # class 2 has one image and does not count
+
+
+def test_blur_takes_grain_away():
+    """The judge's features are also those of blurred images: a chessboard of pixels becomes grey, a
+    flat image stays, and a half plane keeps its halves."""
+    class Pixels(torch.nn.Module):
+        features, head = torch.nn.Flatten(), torch.nn.Identity()
+
+    flat = torch.full((1, 1, 56, 56), .5)
+    half = torch.where(torch.arange(56) < 28, -.5, .5).expand(1, 1, 56, 56)
+    grain = (torch.arange(56)[:, None] + torch.arange(56)) % 2 - .5
+    x = torch.cat([flat, half, grain.expand(1, 1, 56, 56)])
+    sharp, soft, logits = generate.judge_features(Pixels(), x, parse())
+    assert torch.equal(sharp, x.flatten(1).double()) and torch.equal(logits, x.flatten(1))
+    soft = soft.view(3, 56, 56)
+    assert torch.allclose(soft[0], torch.tensor(.5).double(), atol=1e-6)
+    assert abs(soft[2]).max() < .05
+    slope = soft[1, 28].diff()  # of a blurred step: a Gaussian of 1.5 pixels
+    assert slope.argmax() == 27
+    assert slope.max() == pytest.approx(1 / (1.5 * (2 * np.pi) ** .5), rel=.03)
+    assert soft[1, 28, 20] == pytest.approx(-.5, abs=1e-4)
 
 
 def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyphs, small_judge,
@@ -513,16 +588,20 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
                     for row in csv.DictReader(file)}
 
     noise = rows()
+    columns = ['agreement', 'frechet', 'distinct', 'coverage', 'distinct_blurred',
+               'coverage_blurred', 'n']
+    assert list(noise['samples']) == columns and noise['samples']['coverage'] < .5
     assert noise['samples']['agreement'] < .7 < .9 < noise['more real']['agreement']
     assert noise['samples']['n'] == 12  # of 24 test images, the others are compared with
     test = data.load_data(str(glyphs), 16).test
     x = test.batch(generate.paired_halves(test.labels, 500, 0)[0])[0]
-    monkeypatch.setattr(generate, 'draw', lambda *_, **__: generate.Chains(x, None, None))
+    monkeypatch.setattr(generate, 'draw', lambda *_, **__: (x, None))
     real = rows()['samples']
     assert real['agreement'] > .9 and real['frechet'] == pytest.approx(0, abs=1e-4)
-    assert real['distinct'] > .7
+    assert real['distinct'] > .7 and real['coverage'] == real['coverage_blurred'] == 1
     x = x[:1].expand_as(x)
-    assert rows()['samples']['distinct'] == 0
+    same = rows()['samples']
+    assert same['distinct'] == same['distinct_blurred'] == 0 and same['coverage'] < .7
 
 
 def test_judge_is_independent_and_of_the_same_data(trained, tmp_path, refusal):
@@ -538,10 +617,18 @@ def test_judge_is_independent_and_of_the_same_data(trained, tmp_path, refusal):
         torch.save({**checkpoint, **facts}, tmp_path / 'judge.pt')
         return tmp_path / 'judge.pt'
 
-    assert 'of the same run' in judged_by(trained / 'best.pt')
-    assert 'of the same run' in judged_by(trained / 'last.pt')
     known = load_model(trained / 'best.pt')[1]['data']
-    assert 'other --data' in judged_by(changed(data={**known, 'class_names': ['a', 'b', 'c']}))
-    assert 'another --seed' in judged_by(changed(seed=1))
-    assert 'plain EBM' in judged_by(changed(class_names=[]))
+    for path in (trained / 'best.pt', trained / 'last.pt', changed(class_names=[])):
+        assert f'--judge {path}: name an independent classifier' in judged_by(path)
+    for changes in ({'seed': 1}, {'data': {**known, 'class_names': ['a', 'b', 'c']}}):
+        assert 'the same --data and --seed' in judged_by(changed(**changes))
+    line = refusal('evaluate', '--ckpt', trained / 'best.pt', '--out', tmp_path / 'o')
+    assert 'python train.py' in line and '--seed 0 --px-weight 0' in line and '--judge' in line
     assert not (tmp_path / 'o').exists()
+
+
+def test_images_too_few_to_compare(trained, small_judge, tmp_path, refusal):
+    """Three images of three classes have no nearest other image: no number is made up."""
+    use = ['--ckpt', trained / 'best.pt', '--judge', small_judge, '--out', tmp_path / 'o']
+    assert '--images 1:' in refusal('evaluate', *use, '--images', 1)
+    assert '--images 2:' in refusal('evaluate', *use, '--images', 2)

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 import ood
+from conftest import bars
 from data import load_data, load_ood, prepare, to_float
 from model import EnergyModel, energy_of_logits, load_model, save_checkpoint
 from sampler import sgld
@@ -266,7 +267,9 @@ def test_report(trained, others, glyphs, tmp_path, capsys, monkeypatch):
         row = rows[pairs.index(('noise', score))]
         assert float(row['auroc']) == pytest.approx(auroc, abs=1e-5)
         accuracy = (logits[0].argmax(1) == data.test.labels).float().mean()
-        assert f'on the 24 test images: {accuracy:.4f}' in printed
+        p, y = logits[0].softmax(1), data.test.labels  # (24, 3), (24,)
+        auprc = np.mean([average_precision_score(y == k, p[:, k]) for k in range(3)])
+        assert f'accuracy {accuracy:.4f}, macro AUPRC {auprc:.4f}' in printed
     assert '\nood_ta ' in printed and '\nnoise ' in printed and 'which keeps 95%' in printed
     for name in ('ood', 'roc', 'typical'):
         assert (tmp_path / f'{name}.png').stat().st_size > 1000
@@ -344,10 +347,27 @@ def test_check(trained, others, glyphs, tmp_path, refused):
     (tmp_path / 'scans' / '00.png').write_text('broken')
     message = refused(ood.main, '--ckpt', others['ebm'], '--out', tmp_path, '--device', 'cpu',
                       '--check', tmp_path / 'scans')
-    assert '1 of 26' in message and '00.png' in message
+    assert '--check: 1 unreadable' in message and '00.png' in message
     rows = read_rows(tmp_path / 'check.csv')
     assert [row['verdict'] for row in rows].count('unreadable') == 1 and len(rows) == 26
     assert {row['class'] + row['confidence'] for row in rows} == {''}  # a plain EBM
+
+
+def test_check_takes_each_image_once(trained, tmp_path, capsys):
+    """Every page of a file gets a verdict, a folder called like an image is a folder, and files
+    that cannot be read are not in the count that is printed."""
+    scans = tmp_path / 'scans'
+    (scans / 'folder.png').mkdir(parents=True)
+    pages = [Image.fromarray(image) for image in bars(2, 9)[0].clip(0, 255).astype(np.uint8)]
+    pages[0].save(scans / 'two.tiff', save_all=True, append_images=pages[1:])
+    pages[1].save(scans / 'folder.png' / 'one.png')
+    (scans / 'broken.png').write_text('hello')
+    with pytest.raises(SystemExit):
+        run(trained / 'best.pt', tmp_path, '--check', scans)
+    rows = read_rows(tmp_path / 'check.csv')
+    assert len({row['file'] for row in rows}) == len(rows) == 4
+    assert [row['verdict'] for row in rows].count('unreadable') == 1
+    assert ' of 3 are OOD' in capsys.readouterr().out
 
 
 def test_trust(trained, others, tmp_path, monkeypatch):
