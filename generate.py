@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import (DataError, atomic_write, check_apart, load_data, load_images, save_grid, to_float,
                   to_uint8, write_csv)
-from model import CommandLine, energy_of_logits, fail, load_model, number, user_mistakes
+from model import CommandLine, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, randn, sgld
 
 # --- the one sampler ----------------------------------------------------------------------------
@@ -87,10 +87,10 @@ def guided(model, y, args):
     guidance (Ho and Salimans 2022) is related, but has no explicit classifier."""
     def energy(x, i):
         logits = model.get_logits(x)  # (B, K)
-        e = energy_of_logits(logits)  # (B,)
+        e = model.energy_of_logits(logits)  # (B,)
         if y is None:
             return e
-        return (1 - args.guidance) * e + args.guidance * energy_of_logits(logits, y[i])  # (B,)
+        return e + args.guidance * (model.energy_of_logits(logits, y[i]) - e)  # (B,)
     return energy
 
 
@@ -350,7 +350,7 @@ def concepts(model, checkpoint, args):
     columns = [None, *labels.T] if checkpoint['class_names'] else [None]  # None or (N,)
     gradients, pictures, captions = [], [x.detach().expand(-1, 3, -1, -1)], [[''] * len(x)]
     for y in columns:
-        e = energy_of_logits(logits, y)  # (N,)
+        e = model.energy_of_logits(logits, y)  # (N,)
         gradients += torch.autograd.grad(e.sum(), x, retain_graph=True)  # (N, C, H, W)
         pictures.append(heat_map(x.detach(), gradients[-1]))  # (N, 3, H, W)
         names = class_names(y, checkpoint) or ['E(x)'] * len(x)

@@ -1,13 +1,14 @@
 """The energy-based model (course task 3.2): one network, the sign of its energy, its checkpoints.
 
-One network gives K logits f(x)[y], and everything else follows from them (Grathwohl et al. 2020,
-"Your classifier is secretly an energy based model and you should treat it like one", eq. 4 to 7):
+One network gives K logits f(x)[y], and one law follows from them, p(x, y) = exp(-E(x, y) / T) / Z:
 
-    E(x, y) = -f(x)[y]                    joint energy
-    E(x)    = -logsumexp_y f(x)[y]        marginal energy: exp(-E(x)) = sum_y exp(-E(x, y))
-    p(y|x)  = softmax_y f(x)[y]           classifier: the normalising constant of p(x, y) cancels
+    E(x, y) = -f(x)[y]                      joint energy
+    E(x)    = -T logsumexp_y f(x)[y] / T    marginal energy, of p(x) = exp(-E(x) / T) / Z
+    p(y|x)  = softmax_y f(x)[y] / T         classifier: Z cancels
 
-Low energy = likely = in-distribution. With K = 1 the model is a plain EBM without labels.
+With T = 1 these are eq. 4 to 7 of JEM (Grathwohl et al. 2020, "Your classifier is secretly an
+energy based model and you should treat it like one"). train.py sets T to the temperature of its
+chains. Low energy = likely = in-distribution. With K = 1 the model is a plain EBM without labels.
 """
 import argparse
 import contextlib
@@ -24,32 +25,21 @@ import torch.nn.functional as F
 from torch import nn
 
 
-def energy_of_logits(logits, y=None):
-    """The definition of the energy and its sign: f(x)[y], (B, K) -> E(x), or E(x, y) for y, (B,).
-    y is an int, one label (1,) or B labels (B,); anything else is a ValueError."""
-    if y is None:
-        return -logits.logsumexp(dim=1)  # (B, K) -> (B,)
-    y = torch.as_tensor(y, device=logits.device)
-    try:
-        return -logits.gather(1, y.expand(len(logits))[:, None]).squeeze(1)  # (B, K) -> (B,)
-    except RuntimeError as error:
-        raise ValueError(f'y: one label or {len(logits)}, 0 to {logits.shape[1] - 1}') from error
-
-
 class EnergyModel(nn.Module):
     """A network `features`, one linear layer, and the energies of its logits.
     num_classes is K, 1 for a plain EBM, and channels is C, 1 for grey and 3 for RGB. The first
-    convolution has `width` feature maps. With precision 'bf16' convolutions are in bfloat16."""
+    convolution has `width` feature maps; temperature is T. 'bf16' convolutions are in bfloat16."""
 
-    def __init__(self, num_classes=1, channels=1, width=32, precision='fp32'):
+    def __init__(self, num_classes=1, channels=1, width=32, temperature=1., precision='fp32'):
         super().__init__()
         if precision not in ('fp32', 'bf16'):
             raise ValueError(f'precision {precision!r}: choose fp32 or bf16')
-        self.settings = {'num_classes': num_classes, 'channels': channels, 'width': width}
-        self.precision = precision
+        self.settings = {'num_classes': num_classes, 'channels': channels, 'width': width,
+                         'temperature': temperature}
+        self.temperature, self.precision = temperature, precision
         self.features = swish_cnn(channels, width)
         self.head = nn.Linear(4 * width, num_classes)
-        nn.init.constant_(self.head.bias, -math.log(num_classes))  # E(x) starts near 0
+        nn.init.constant_(self.head.bias, -temperature * math.log(num_classes))  # E(x) near 0
         self.to(torch.float32, memory_format=torch.channels_last)  # fastest layout of convolutions
 
     def get_logits(self, x):
@@ -66,7 +56,18 @@ class EnergyModel(nn.Module):
 
     def energy(self, x, y=None):
         """E(x), or E(x, y) for labels as in `energy_of_logits`: (B, C, H, W) -> (B,)."""
-        return energy_of_logits(self.get_logits(x), y)
+        return self.energy_of_logits(self.get_logits(x), y)
+
+    def energy_of_logits(self, logits, y=None):
+        """The definition of the energy and its sign: f(x)[y], (B, K) -> E(x), or E(x, y), (B,).
+        y is an int, one label (1,) or B labels (B,); anything else is a ValueError."""
+        if y is None:
+            return -self.temperature * (logits / self.temperature).logsumexp(1)  # (B, K) -> (B,)
+        y = torch.as_tensor(y, device=logits.device)
+        try:
+            return -logits.gather(1, y.expand(len(logits))[:, None]).squeeze(1)  # (B, K) -> (B,)
+        except RuntimeError as error:
+            raise ValueError(f'y: one label or {len(logits)}, below {logits.shape[1]}') from error
 
 
 def swish_cnn(channels, width):

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from data import (DataError, check_apart, find_images, load_data, load_images, load_ood, ood_names,
                   printable, save_figure, save_grid, shortened, to_float, write_csv)
-from model import CommandLine, energy_of_logits, fail, load_model, number, user_mistakes
+from model import CommandLine, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, sgld
 
 KEEP = .95  # share of the validation images below the threshold
@@ -51,22 +51,22 @@ def parse_args(argv=None):
 # --- scores ---------------------------------------------------------------------------------------
 
 def evaluate(model, images, device):
-    """Logits, float64 (N, K), and dE/dx, float32 (N, C, H, W), of uint8 images (N, C, H, W). In
-    float32, 1 - max p would be 0 for thousands of images of a confident classifier, all ties."""
+    """Logits (N, K), E(x) (N,), both float64, and dE/dx (N, C, H, W) of uint8 images (N, C, H, W).
+    In float32, 1 - max p would be 0 for thousands of images of a sure classifier, all ties."""
     logits, gradients = [], []
     for part in images.split(BATCH):
         x = to_float(part.to(device)).requires_grad_()  # (B, C, H, W)
         f = model.get_logits(x)  # (B, K)
-        gradients += torch.autograd.grad(energy_of_logits(f).sum(), x)  # (B, C, H, W)
+        gradients += torch.autograd.grad(model.energy_of_logits(f).sum(), x)  # (B, C, H, W)
         logits.append(f.detach().cpu().double())
-    return torch.cat(logits), torch.cat(gradients).cpu()
+    logits = torch.cat(logits)  # (N, K)
+    return logits, model.energy_of_logits(logits), torch.cat(gradients).cpu()
 
 
-def all_scores(logits, gradient):
-    """All OOD scores of N images from their logits (N, K) and dE/dx (N, C, H, W): {name: (N,)}.
-    For a new score add one line here: table, CSV file and plots follow. With K = 1 there is no
-    p(y|x), and no score of it."""
-    scores = {'energy': energy_of_logits(logits)}  # E(x)
+def all_scores(logits, energy, gradient):
+    """All OOD scores of N images from what `evaluate` gives: {name: (N,)}. For a new score add one
+    line here: table, CSV file and plots follow. With K = 1 there is no p(y|x), no score of it."""
+    scores = {'energy': energy}  # E(x)
     if logits.shape[1] > 1:
         log_p = logits.log_softmax(1)  # log p(y|x), (N, K)
         scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max p, Hendrycks and Gimpel 2017
@@ -219,8 +219,8 @@ def show_typical(images, scores, path):
 
 def find_threshold(model, data, device):
     """The lowest energy that keeps 95 % of the validation images: above it, an image is OOD."""
-    logits, _ = evaluate(model, data.val.images, device)  # (N, K)
-    return float(np.quantile(energy_of_logits(logits), KEEP, method='inverted_cdf'))
+    _, energy, _ = evaluate(model, data.val.images, device)  # (N,)
+    return float(np.quantile(energy, KEEP, method='inverted_cdf'))
 
 
 def check(model, class_names, data, args):
@@ -235,10 +235,10 @@ def check(model, class_names, data, args):
             rows.append({'file': printable(file), 'verdict': 'unreadable'})
             errors.append(error)
             continue
-        logits, _ = evaluate(model, images, args.device)  # (N, K)
-        for name, f, energy in zip(names, logits, energy_of_logits(logits)):
-            verdict = 'OOD' if energy > threshold else 'in-distribution'
-            row = {'file': name, 'energy': f'{energy:.6g}', 'verdict': verdict}
+        logits, energy, _ = evaluate(model, images, args.device)  # (N, K), (N,)
+        for name, f, e in zip(names, logits, energy):
+            verdict = 'OOD' if e > threshold else 'in-distribution'
+            row = {'file': name, 'energy': f'{e:.6g}', 'verdict': verdict}
             if class_names:  # a plain EBM has none
                 row['class'] = class_names[f.argmax()]
                 row['confidence'] = f'{f.softmax(0).max():.6g}'

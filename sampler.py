@@ -103,11 +103,17 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     if kind == 'descent':
         noise = 0.
     elif noise is None and kind == 'sampling' and sampler['matching']:
-        noise = [.5 * (1 - k / steps) for k in range(steps)]
+        noise = [4 * (1 - k / steps) ** 2 for k in range(steps)]
     elif noise is None:
         noise = sampler['noise']
     return {'steps': steps, 'step_size': step_size, 'noise': noise,
             'grad_clip': sampler['grad_clip']}
+
+
+def temperature(sampler):
+    """T of the law exp(-E/T) of the training chains, see `sgld`; at least 1e-9."""
+    settings = chain_settings(sampler, 'training')
+    return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 
 
 # --- where chains start ---------------------------------------------------------------------------

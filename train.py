@@ -28,9 +28,10 @@ from tqdm import tqdm
 
 from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_figure, save_grid,
                   write_csv)
-from model import (CheckpointError, CommandLine, EnergyModel, average, energy_of_logits, fail,
+from model import (CheckpointError, CommandLine, EnergyModel, average, fail,
                    load_model, number, rank, ranks, save_checkpoint, user_mistakes)
-from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld
+from sampler import (CudaGraph, chain_settings, make_reservoir, prior, randn, sgld,
+                     temperature)
 
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
@@ -58,6 +59,7 @@ def parse_args(argv=None):
     flag('--width', type=count, default=32, help='feature maps of the first convolution')
     flag('--px-weight', type=weight, default=1., help='weight of -log p(x); 0: classifier')
     flag('--pyx-weight', type=weight, default=3., help='weight of -log p(y|x)')
+    flag('--contrast', type=weight, default=1., help='weight of the energy gap; 0: no chains')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term on the energies')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
     flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='of E(x) by that term')
@@ -94,6 +96,8 @@ def parse_args(argv=None):
         for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
             parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
+    if not args.px_weight:
+        args.contrast = args.matching = 0.
     if not args.px_weight and not args.pyx_weight:
         parser.error('--px-weight 0 and --pyx-weight 0 leave nothing to learn; leave one out')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
@@ -156,13 +160,17 @@ def train(args, data, old_run=()):
     `history`, saved after each epoch: resuming gives the same result as never stopping."""
     device, split, val_split = args.device, data.train.to(args.device), data.val.to(args.device)
     num_classes = len(data.class_names) if args.model == 'jem' else 1
-    if args.model == 'ebm':
-        split.labels = torch.zeros_like(split.labels)  # one logit, no labels
+    if args.model == 'ebm':  # one logit, no labels
+        split.labels, val_split.labels = 0 * split.labels, 0 * val_split.labels
     ring = split.labels if args.conditional else torch.zeros_like(split.labels)  # (N,)
     image_shape, batch = split.images.shape[1:], args.batch_size // ranks()
     torch.manual_seed(args.seed)  # the initial weights
     generator = torch.Generator(device).manual_seed(args.seed + 10 ** 6 * rank())  # all the rest
-    model = EnergyModel(num_classes, image_shape[0], args.width, args.precision).to(device)
+    sampler = {'steps': args.sgld_steps, 'step_size': args.step_size, 'noise': args.noise,
+               'grad_clip': args.grad_clip, 'matching': args.matching, 'slope': args.slope,
+               'pixels': image_shape.numel()}
+    model = EnergyModel(num_classes, image_shape[0], args.width,
+                        temperature(sampler) if args.px_weight else 1., args.precision).to(device)
     averaged = copy.deepcopy(model)  # weights averaged over the updates: these are saved
     weights, averages = list(model.parameters()), list(averaged.parameters())
     # No momentum: it would average gradients from samples that are out of date.
@@ -173,9 +181,6 @@ def train(args, data, old_run=()):
     state = {'model': model, 'averaged': averaged, 'optimizer': optimizer, 'reservoir': reservoir,
              'generator': generator}
     history = dict(epoch=0, step=0, seconds=0., event='', trips=0, level=0., epochs=[], updates=[])
-    sampler = {'steps': args.sgld_steps, 'step_size': args.step_size, 'noise': args.noise,
-               'grad_clip': args.grad_clip, 'matching': args.px_weight * args.matching,
-               'slope': args.slope, 'pixels': image_shape.numel()}
     facts = {'args': {**vars(args), 'resume': None, 'out': str(args.out), 'device': str(device)},
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
@@ -205,14 +210,14 @@ def train(args, data, old_run=()):
 
                 # -log p(y|x): the classifier
                 logits = model.get_logits(perturb(x_real, args, generator))  # (B, K)
-                energy_real = energy_of_logits(logits)  # (B, K) -> (B,)
+                energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                 loss_pyx = pyx_step(logits, y)
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean()}
                 if args.model == 'jem':
                     numbers['train_accuracy'] = (logits.argmax(1) == y).float().mean()
 
-                if args.px_weight:
+                if args.contrast:
                     # x' ~ p(x): K steps of SGLD from the data or from stored chains (task 3.3)
                     if args.init == 'data':
                         x_synth = sample(x_real, y)  # (B, C, H, W)
@@ -221,16 +226,21 @@ def train(args, data, old_run=()):
                         x_synth = sample(start, y)
                         reservoir.store(slot, x_synth)
 
-                    # -log p(x): data against samples, the size of the energies, the shape of dE/dx
+                    # -log p(x): data against samples, and the size of the energies
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
-                    terms = {'loss_px': px_step(energy_real, energy_synth),
-                             'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
-                    if args.matching:
-                        away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
-                        terms['loss_matching'] = args.matching * matching_step(
-                            partial(energy, y=y), x_real, away, args.slope)
-                    loss = loss + args.px_weight * sum(terms.values())
-                    numbers |= {**terms, 'energy_synth': energy_synth.mean()}
+                    loss_px = px_step(energy_real, energy_synth)
+                    loss_reg = args.alpha * l2_step(energy_real, energy_synth)
+                    loss = loss + args.px_weight * args.contrast * (loss_px + loss_reg)
+                    numbers |= {'energy_synth': energy_synth.mean(), 'loss_px': loss_px,
+                                'loss_reg': loss_reg}
+
+                if args.matching:
+                    # the shape of E: dE/dx leads back to the data
+                    away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
+                    loss_matching = args.matching * matching_step(
+                        partial(energy, y=y), x_real, away, args.slope)
+                    loss = loss + args.px_weight * loss_matching
+                    numbers['loss_matching'] = loss_matching
 
                 # descent on -log p(x, y) = -log p(x) - log p(y|x), each with its weight
                 rate = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
@@ -290,7 +300,9 @@ def validate(model, split, args):
     noise = prior('uniform', x.shape, generator, args.device)  # (N, C, H, W)
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
-    energy, y = energy_of_logits(logits), y.cpu().numpy()  # (3N,), (N,)
+    if args.px_weight:
+        level_classes(model, logits, y.cpu())
+    energy, y = model.energy_of_logits(logits), y.cpu().numpy()  # (3N,), (N,)
     if not energy.isfinite().all():
         return {'val_auroc': math.nan}
     auroc = float(roc_auc_score(np.repeat([0, 1, 1], len(y)), energy))
@@ -301,6 +313,17 @@ def validate(model, split, args):
         scores |= {'val_accuracy': (p.argmax(1) == y).mean().item(), 'val_auprc': auprc,
                    'score': (auprc + auroc) / 2 if args.px_weight else auprc}
     return scores
+
+
+@torch.no_grad()
+def level_classes(model, logits, y):
+    """Shift f[y] of each class, in the model and in logits (M, K), so that the first N of them,
+    validation images with the labels y (N,), have the median E(x, y) = 0 in each class. Chains and
+    `matching_step` see dE/dx only, so the losses leave these levels free."""
+    for k in y.unique().tolist():
+        median = logits[:len(y)][y == k, k].median()
+        logits[:, k] -= median
+        model.head.bias[k] -= median
 
 
 def log_epoch(row, trouble, state, history, args, data, facts):
