@@ -382,7 +382,7 @@ def draw_samples(state, history, args, data, facts):
     x = torch.cat([fresh.unflatten(0, stored.shape[:2]), stored], dim=1)  # (R, 16, C, H, W)
     save_grid(x.flatten(0, 1), args.out / 'samples' / f'epoch_{history["epoch"]:03d}.png', 16,
               f'epoch {history["epoch"]}: 256 steps from noise; on the right the reservoir',
-              rows=data.class_names[:len(rows)] if args.conditional else None)
+              rows=data.class_names[:len(rows)] if args.conditional else ())
 
 
 # --- safety and start: the guard, saving, resuming ------------------------------------------------
