@@ -28,10 +28,9 @@ from tqdm import tqdm
 
 from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_figure, save_grid,
                   write_csv)
-from model import (CheckpointError, CommandLine, EnergyModel, average, fail,
-                   load_model, number, rank, ranks, save_checkpoint, user_mistakes)
-from sampler import (CudaGraph, chain_settings, make_reservoir, prior, randn, sgld,
-                     temperature)
+from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
+                   rank, ranks, save_checkpoint, user_mistakes)
+from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld, temperature
 
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
@@ -98,7 +97,7 @@ def parse_args(argv=None):
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
     if not args.px_weight:
         args.contrast = args.matching = 0.
-    if not args.px_weight and not args.pyx_weight:
+    if not args.contrast + args.matching + args.pyx_weight:
         parser.error('--px-weight 0 and --pyx-weight 0 leave nothing to learn; leave one out')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0')
@@ -110,12 +109,10 @@ def parse_args(argv=None):
 # --- the losses ---------------------------------------------------------------------------------
 
 def px_step(energy_real, energy_synth):
-    """The energy gap, whose gradient is that of -log p(x): energies (B,) and (B,) -> scalar.
+    """The energy gap, whose gradient is that of -T log p(x): energies (B,) and (B,) -> scalar.
 
-        grad -log p(x) = grad E(x) - E_{x' ~ p}[grad E(x')]
-
-    It is exact for samples x' of p. Chains of a temperature T < 1 (see `sgld`) sample exp(-E/T);
-    for them it is the gradient of -T log p_T(x)."""
+        grad -T log p(x) = grad E(x) - E_{x' ~ p}[grad E(x')],    p(x) = exp(-E(x) / T) / Z
+    """
     return energy_real.mean() - energy_synth.mean()
 
 
@@ -125,17 +122,18 @@ def l2_step(energy_real, energy_synth):
 
 
 def pyx_step(logits, y):
-    """-log p(y|x), the cross-entropy of softmax f(x)[y]: logits (B, K), labels (B,) -> scalar."""
+    """The cross-entropy of softmax f(x)[y]: logits (B, K), labels (B,) -> scalar. It is -log p(y|x)
+    for T = 1. For T < 1 it is an upper bound of -T log p(y|x), because T logsumexp(a / T) grows
+    with T; unlike that, it asks for a margin between the classes."""
     return F.cross_entropy(logits, y)
 
 
 def matching_step(energy, x_real, away, slope):
-    """How far dE/dx is from the gradient of a valley around each image: a scalar >= 0.
-    At a distance r from the image (root mean square over the pixels) the valley has the energy
-    slope * sqrt(r^2 + ROUND^2): round at the bottom, then of constant slope. This is a regression
-    of directions, as in equilibrium matching (Wang and Du 2025), and not the score of a density;
-    where data lie close together the valleys merge, as in denoising score matching (Vincent 2011).
-    energy is a callable (B, C, H, W) -> (B,); x_real + away are points near the images x_real."""
+    """How far dE/dx at the points x_real + away (B, C, H, W) is from the gradient of a valley around
+    each image: a scalar >= 0. At a distance r from the image (root mean square over the pixels) the
+    valley has the energy slope * sqrt(r^2 + ROUND^2): round at the bottom, then of constant slope.
+    This regresses directions, as equilibrium matching does (Wang and Du 2025), not the score of a
+    density; between close images valleys merge, as in denoising score matching (Vincent 2011)."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -200,7 +198,7 @@ def train(args, data, old_run=()):
         path.unlink()
     save_run(state, history, args, facts)
     total = args.epochs * (len(split) // args.batch_size)
-    if total < 500 and not args.resume and rank() == 0:
+    if total < 500 and rank() == 0:
         print(f'{total} updates are few to learn from: raise --epochs or lower --batch-size')
     with tqdm(total=total, initial=history['step'], unit='update', disable=rank() > 0) as bar:
         while history['epoch'] < args.epochs:
@@ -213,29 +211,23 @@ def train(args, data, old_run=()):
                 energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                 loss_pyx = pyx_step(logits, y)
                 loss = args.pyx_weight * loss_pyx
-                numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean()}
-                if args.model == 'jem':
-                    numbers['train_accuracy'] = (logits.argmax(1) == y).float().mean()
+                numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean(),
+                           'train_accuracy': (logits.argmax(1) == y).float().mean()}
 
                 if args.contrast:
-                    # x' ~ p(x): K steps of SGLD from the data or from stored chains (task 3.3)
-                    if args.init == 'data':
-                        x_synth = sample(x_real, y)  # (B, C, H, W)
-                    else:
-                        start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
-                        x_synth = sample(start, y)
-                        reservoir.store(slot, x_synth)
+                    # x' ~ p(x): K steps of SGLD from stored chains, or from the data (task 3.3)
+                    start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
+                    x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
+                    reservoir.store(slot, x_synth)
 
                     # -log p(x): data against samples, and the size of the energies
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
-                    loss_px = px_step(energy_real, energy_synth)
-                    loss_reg = args.alpha * l2_step(energy_real, energy_synth)
-                    loss = loss + args.px_weight * args.contrast * (loss_px + loss_reg)
-                    numbers |= {'energy_synth': energy_synth.mean(), 'loss_px': loss_px,
-                                'loss_reg': loss_reg}
+                    terms = {'loss_px': px_step(energy_real, energy_synth),
+                             'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
+                    loss = loss + args.px_weight * args.contrast * sum(terms.values())
+                    numbers |= {**terms, 'energy_synth': energy_synth.mean()}
 
-                if args.matching:
-                    # the shape of E: dE/dx leads back to the data
+                if args.matching:  # dE/dx leads back to the data
                     away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
                     loss_matching = args.matching * matching_step(
                         partial(energy, y=y), x_real, away, args.slope)
@@ -292,16 +284,19 @@ def perturb(x, args, generator):
 
 @torch.no_grad()
 def validate(model, split, args):
-    """Accuracy and macro AUPRC of p(y|x), and the AUROC of E(x) against negatives that need no
-    extra data: half-and-half mixtures of two images of the split, and uniform noise."""
+    """Level the classes; then accuracy and macro AUPRC of p(y|x), and the AUROC of E(x) against
+    negatives that need no extra data: half-and-half mixtures of two images, and uniform noise."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
     x, y = split.batch(torch.arange(len(split), device=args.device))  # (N, C, H, W), (N,)
     generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise every epoch
     noise = prior('uniform', x.shape, generator, args.device)  # (N, C, H, W)
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
-    if args.px_weight:
-        level_classes(model, logits, y.cpu())
+    for k in y.unique() if args.px_weight else []:
+        # No loss sets the level of a class: give E(x, y) of its images x the median 0.
+        level = logits[:len(y)][y.cpu() == k, k].median()
+        logits[:, k] -= level
+        model.head.bias[k] -= level
     energy, y = model.energy_of_logits(logits), y.cpu().numpy()  # (3N,), (N,)
     if not energy.isfinite().all():
         return {'val_auroc': math.nan}
@@ -313,17 +308,6 @@ def validate(model, split, args):
         scores |= {'val_accuracy': (p.argmax(1) == y).mean().item(), 'val_auprc': auprc,
                    'score': (auprc + auroc) / 2 if args.px_weight else auprc}
     return scores
-
-
-@torch.no_grad()
-def level_classes(model, logits, y):
-    """Shift f[y] of each class, in the model and in logits (M, K), so that the first N of them,
-    validation images with the labels y (N,), have the median E(x, y) = 0 in each class. Chains and
-    `matching_step` see dE/dx only, so the losses leave these levels free."""
-    for k in y.unique().tolist():
-        median = logits[:len(y)][y == k, k].median()
-        logits[:, k] -= median
-        model.head.bias[k] -= median
 
 
 def log_epoch(row, trouble, state, history, args, data, facts):
@@ -346,8 +330,7 @@ def log_epoch(row, trouble, state, history, args, data, facts):
         if args.px_weight:
             draw_samples(state, history, args, data, facts)
     shown = [f'{key} {row[key]:.4g}' for key in ['epoch', 'loss_px', *SCORES] if key in row]
-    if history['trips']:
-        shown += [f'guard: trips {history["trips"]}, lr {history["lr"]:.2g}']
+    shown += [f'guard: trips {history["trips"]}, lr {history["lr"]:.2g}'] * bool(history['trips'])
     tqdm.write('  '.join([*shown, row['event'], 'best so far' if best else '']))
 
 
