@@ -535,8 +535,19 @@ def test_distinct_by_hand():
     for samples, distinct in [([0., 5, 9, 5], 1), ([0, .5, 9, 9], 1 / 3), ([7, 7, 7, 7], 0)]:
         found = generate.variety(torch.tensor(samples).double()[:, None], real, y)[0]
         assert found == pytest.approx(distinct)
-    same = torch.zeros_like(real)  # the closest real images are equal, and so are the samples
-    assert generate.variety(same, same, y)[0] == 0
+    y, at = torch.zeros(40).long(), torch.arange(40.).double()[:, None]  # (40,), (40, 1)
+    real = at.clone()
+    real[1] = .1  # distances .1, .1 and 38 times 1, of which .955 is the quantile of .05
+    for spacing, distinct in [(.95, 0), (.96, 1)]:
+        assert generate.variety(spacing * at, real, y)[0] == distinct
+
+
+def test_equal_images_are_not_distinct():
+    """Where some real images are equal, and so are all samples, rounding makes none distinct."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        same = torch.randn(1, 64, generator=generator).double().expand(40, 64)
+        assert generate.variety(same, 0 * same, torch.zeros(40).long())[0] == 0
 
 
 def test_coverage_by_hand():
