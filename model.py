@@ -26,9 +26,9 @@ from torch import nn
 
 
 class EnergyModel(nn.Module):
-    """A network `features`, one linear layer, and the energies of its logits.
-    num_classes is K, 1 for a plain EBM, and channels is C, 1 for grey and 3 for RGB. The first
-    convolution has `width` feature maps; temperature is T. 'bf16' convolutions are in bfloat16."""
+    """A network `features`, one linear layer, and the energies of its logits, for K classes (1: a
+    plain EBM), images of C channels, a first convolution with `width` feature maps, and T. With
+    precision 'bf16' the convolutions are in bfloat16."""
 
     def __init__(self, num_classes=1, channels=1, width=32, temperature=1., precision='fp32'):
         super().__init__()
@@ -67,13 +67,13 @@ class EnergyModel(nn.Module):
         try:
             return -logits.gather(1, y.expand(len(logits))[:, None]).squeeze(1)  # (B, K) -> (B,)
         except RuntimeError as error:
-            raise ValueError(f'y: one label or {len(logits)}, below {logits.shape[1]}') from error
+            labels = f'0 to {logits.shape[1] - 1}'
+            raise ValueError(f'y: give one label or {len(logits)}, {labels}') from error
 
 
 def swish_cnn(channels, width):
-    """Five convolutions with Swish and an average pool: (B, C, H, W) -> (B, 4 * width).
-    Swish is smooth, because SGLD follows dE/dx. There is no batch normalisation: the energy of an
-    image must not depend on the other images in its batch."""
+    """Five convolutions and an average pool: (B, C, H, W) -> (B, 4 * width). Swish is smooth, as
+    SGLD follows dE/dx. Without batch normalisation no energy depends on other images of a batch."""
     return nn.Sequential(                                                     # (B, C, 56, 56)
         FirstConv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),      # (B, 32, 30, 30)
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU(),       # (B, 64, 15, 15)

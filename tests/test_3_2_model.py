@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model import (CheckpointError, CommandLine, EnergyModel, FirstConv2d, choose_device,
-                   energy_of_logits, has_bf16, load_model, number, save_checkpoint, user_mistakes)
+                   has_bf16, load_model, number, save_checkpoint, user_mistakes)
 
 K = 5  # classes; no test has as many images, so an exchange of the two dimensions is seen
 
@@ -79,21 +79,21 @@ def test_one_logit_is_a_plain_ebm():
 def test_labels_are_an_int_one_label_or_one_for_each_image(y):
     """A single label is meant for all images."""
     logits = torch.randn(3, K)
-    assert torch.equal(energy_of_logits(logits, y), -logits[:, 2])
+    assert torch.equal(EnergyModel(K, width=4).energy_of_logits(logits, y), -logits[:, 2])
 
 
 @pytest.mark.parametrize('shape', [(0,), (2,), (4,), (3, 1), (1, 1), (1, 3)], ids=str)
 def test_labels_of_another_shape_are_an_error(shape):
     """Else broadcasting or gather would give too few energies, and some chains would not move."""
     with pytest.raises(ValueError, match='one label or 3'):
-        energy_of_logits(torch.randn(3, K), torch.zeros(shape, dtype=torch.long))
+        EnergyModel(K, width=4).energy_of_logits(torch.randn(3, K), torch.zeros(shape, dtype=torch.long))
 
 
 @pytest.mark.parametrize('y', [K, -1, [0, 1, K], [.5]], ids=str)
 def test_labels_out_of_range_are_an_error(y):
     """The message names the range."""
     with pytest.raises(ValueError, match=f'0 to {K - 1}'):
-        energy_of_logits(torch.randn(3, K), y)
+        EnergyModel(K, width=4).energy_of_logits(torch.randn(3, K), y)
 
 
 # --- the network ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import ood
 from conftest import bars
 from data import load_data, load_ood, prepare, to_float
-from model import EnergyModel, energy_of_logits, load_model, save_checkpoint
+from model import EnergyModel, load_model, save_checkpoint
 from sampler import sgld
 
 
@@ -263,7 +263,7 @@ def test_report(trained, others, glyphs, tmp_path, capsys, monkeypatch):
         model, _ = load_model(path)
         logits = [model.get_logits(to_float(x)).double()
                   for x in (data.test.images, load_ood('noise', data))]  # (24, 3) both
-        auroc = roc_auc_score(np.repeat([0, 1], 24), energy_of_logits(torch.cat(logits)))
+        auroc = roc_auc_score(np.repeat([0, 1], 24), model.energy_of_logits(torch.cat(logits)))
         row = rows[pairs.index(('noise', score))]
         assert float(row['auroc']) == pytest.approx(auroc, abs=1e-5)
         accuracy = (logits[0].argmax(1) == data.test.labels).float().mean()
