@@ -27,7 +27,6 @@ from tqdm import tqdm
 
 SPLITS = {'train': ['train', 'training'], 'val': ['val', 'valid', 'validation', 'dev'],
           'test': ['test', 'testing']}  # what their files or folders are called, in any case
-ARRAYS = ['.npy', '.npz']
 TORCHVISION = {  # class, image size, arguments of the training part and of the test part
     'mnist': ('MNIST', 28, {'train': True}, {'train': False}),
     'fashion-mnist': ('FashionMNIST', 28, {'train': True}, {'train': False}),
@@ -38,6 +37,7 @@ TORCHVISION = {  # class, image size, arguments of the training part and of the 
     'svhn': ('SVHN', 32, {'split': 'train'}, {'split': 'test'}),
     'omniglot': ('Omniglot', 56, {'background': True}, None)}
 NAMES = ['letterpress', 'digits', *TORCHVISION]
+FLOAT = torch.float32  # named wherever tensors are made: a notebook may have another default
 
 
 class DataError(ValueError):
@@ -99,23 +99,17 @@ def stretch(x):
 
 
 def prepare(images, image_size, channels=None):
-    """The course's preprocessing: min-max scale each image, resize its shorter side (antialiased),
-    crop the centre.
+    """The course's preprocessing of images (N, 1 or 3, H, W) of any numeric type and range: min-max
+    scale each image, resize its shorter side (antialiased), crop the centre. channels=1 makes
+    colour grey (luminance), 3 repeats grey, None keeps what there is.
 
-    Args:
-        images: (N, 1 or 3, H, W), of any numeric type and range.
-        image_size: side of the result, in pixels.
-        channels: 1 makes colour grey (luminance), 3 repeats grey, None keeps what there is.
-
-    Returns:
-        uint8 (N, C, image_size, image_size).
-    """
+    Returns uint8 (N, C, image_size, image_size)."""
     from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
     done = []
     for x in torch.as_tensor(images).split(1024):  # bounds the memory that floats take
         x = x.to(torch.float32)  # (B, C, H, W)
         if channels == 1 and x.shape[1] == 3:
-            luminance = (x * torch.tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
+            luminance = (x * x.new_tensor([.299, .587, .114]).view(3, 1, 1)).sum(1, keepdim=True)
             grey = (x == x[:, :1]).flatten(1).all(1)  # (B,), these keep their exact levels
             x = torch.where(grey.view(-1, 1, 1, 1), x[:, :1], luminance)  # (B, 1, H, W)
         x = stretch(x).expand(-1, channels or -1, -1, -1)  # (B, channels, H, W)
@@ -134,10 +128,11 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
         data_root: folder of downloads and of the rendered letterpress.
         seed: of the random splits and of the letterpress.
         like: `Data.describe()` of the data that these must be; gives the image size, too.
-
-    Raises:
-        DataError: the set is missing, damaged, unusable, or another one than `like`.
     """
+    if not 1 <= (56 if image_size is None else image_size) <= 4096:
+        raise DataError(f'--image-size {image_size}: name a number of pixels from 1 to 4096')
+    if not 0 <= seed < 2 ** 32:
+        raise DataError(f'--seed {seed}: name a number from 0 to {2 ** 32 - 1}')
     size, ood = like['image_shape'][-1] if like else image_size, {}
     tell_ambiguous('--data', name, NAMES)
     if name == 'letterpress':
@@ -156,10 +151,10 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     check_parts(name, parts, class_names)
     val_size = .1
     if 'test' not in parts:  # 70 % for training, 15 % each for validation and test
-        parts['train'], parts['test'] = split_off(parts['train'], .15, name, seed)
+        parts['train'], parts['test'] = split_off(parts['train'], .15, seed)
         val_size = len(parts['test'])
     if 'val' not in parts:
-        parts['train'], parts['val'] = split_off(parts['train'], val_size, name, seed)
+        parts['train'], parts['val'] = split_off(parts['train'], val_size, seed)
     data = Data(*(parts[part] for part in SPLITS), class_names, ood)
     for key, value in data.describe().items():
         if like and value != like[key]:
@@ -169,30 +164,32 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
 
 
 def check_parts(name, parts, class_names):
-    """Refuse parts from which nothing can be learned, and tell what is unusual."""
+    """Refuse parts from which nothing can be learned, and tell which classes are missing."""
     for part, split in parts.items():
-        blank, count = int(split.images.flatten(1).amax(1).eq(0).sum()), len(class_names)
-        if blank > len(split) / 2:  # `prepare` turns constant images into 0
-            raise DataError(f'--data {name}: {blank} of the {len(split)} {part} images are blank')
-        if split.labels.max() >= count:
-            raise DataError(f'--data {name}: {part} has labels up to {split.labels.max()}, but '
-                            f'there are {count} classes in train; number them 0, 1, ...')
-        present = split.labels.bincount(minlength=count) > 0  # (K,)
+        blank = int(split.images.flatten(1).amax(1).eq(0).sum())  # `prepare` makes constants 0
+        if blank > len(split) / 2:
+            raise DataError(f'--data {name}: {blank} of the {len(split)} {part} images are blank, '
+                            'of one level throughout; mend or remove them')
+        present = torch.isin(torch.arange(len(class_names)), split.labels)  # (K,)
         missing = [class_names[label] for label in (~present).nonzero().flatten()]
         if missing and part == 'train':
-            raise DataError(f'--data {name}: no training images of class {missing[0]}; number the '
-                            'classes 0, 1, ... without a gap')
+            raise DataError(f'--data {name}: no train images of class {missing[0]}, but labels up '
+                            f'to {split.labels.max()}; number the classes 0, 1, ... without a gap')
+        if split.labels.max() >= len(class_names):
+            raise DataError(f'--data {name}: {part} has labels up to {split.labels.max()}, but '
+                            f'train has {len(class_names)} classes; number them 0, 1, ...')
         if missing:
             tell(f'--data {name}: no {part} images of class {", ".join(missing)}')
+    counts, needed = parts['train'].labels.bincount(), 10 if 'test' in parts else 8  # (K,)
+    if len(parts) < len(SPLITS) and counts.min() < needed:
+        raise DataError(f'--data {name}: class {class_names[counts.argmin()]} has {counts.min()} '
+                        f'of the {needed} train images that a random split needs; add some, or '
+                        'take the class out')
 
 
-def split_off(split, size, name, seed):
+def split_off(split, size, seed):
     """Two random parts of a split, each class in the same shares; the second has `size`."""
     from sklearn.model_selection import train_test_split  # slow to import
-    counts = split.labels.bincount()  # (K,)
-    if counts.min() < 7:
-        raise DataError(f'--data {name}: a class has {counts.min()} images, and a random split '
-                        'needs 8 of each; add images, or take the class out')
     parts = train_test_split(np.arange(len(split)), test_size=size, stratify=split.labels,
                              random_state=seed)  # positions (n,) and (m,)
     return [Split(split.images[part], split.labels[part]) for part in parts]
@@ -208,7 +205,7 @@ def check_apart(out, *inputs):
 
 def tell(message):
     """A line about something that was decided for the user."""
-    print(message, file=sys.stderr)
+    tqdm.write(message, file=sys.stderr)  # between progress bars, not into them
 
 
 def tell_ambiguous(flag, name, known):
@@ -225,7 +222,7 @@ def load_digits(image_size, channels=None):
 
 
 def open_torchvision(name, part, data_root, download=False):
-    """torchvision's own object for the training or test part of a set."""
+    """torchvision's own object for a part of a set; it downloads only what is missing."""
     from torchvision import datasets  # slow to import
     kind, _, train, test = TORCHVISION[name]
     arguments = test if test and part == 'test' else train
@@ -235,11 +232,8 @@ def open_torchvision(name, part, data_root, download=False):
 def load_torchvision(name, part, image_size, data_root, channels=None):
     """A Split and the class names of a torchvision set, downloaded if it is missing."""
     try:
-        try:
-            source = open_torchvision(name, part, data_root)
-        except Exception:  # of many kinds, for damaged files
-            source = open_torchvision(name, part, data_root, download=True)
-    except Exception as error:
+        source = open_torchvision(name, part, data_root, download=True)
+    except Exception as error:  # of many kinds, for damaged files
         raise DataError(f'{name}: missing or damaged under --data-root {data_root}, and cannot be '
                         f'downloaded ({error}); name its folder, or mend it') from error
     if name == 'omniglot':  # reads one file at a time
@@ -262,21 +256,27 @@ def load_torchvision(name, part, image_size, data_root, channels=None):
 def load_folder(folder, image_size):
     """Splits, class names and OOD sets of a folder. Its splits are known by their names (SPLITS);
     without any, the folder itself holds the class folders."""
-    found = {}
-    for path in visible(folder):
+    entries, found = visible(folder), {}
+    for path in entries:
         for part, names in SPLITS.items():
-            if path.stem.lower() in names and (path.is_dir() or path.suffix in ARRAYS):
+            if path.stem.lower() in names and (path.is_dir() or is_arrays(path)):
                 if part in found:
                     raise DataError(f'{path}: {found[part].name} is a {part} split, too; keep one')
                 found[part] = path
     if found and 'train' not in found:
-        raise DataError(f'{next(iter(found.values()))}: there is no training split beside it')
+        raise DataError(f'{next(iter(found.values()))}: there is no training split beside it; add '
+                        'one, or rename this if it is a class')
     if any(path.stem != part for part, path in found.items()):
         tell(', '.join(f'{path} is the {part} split' for part, path in found.items()))
+    ood = [path for path in entries if path.stem[:4] == 'ood_' and is_arrays(path)]
+    if found:
+        used = [*found.values(), *ood, folder / 'classes.txt']
+        others = [path for path in entries if path not in used]
+        tell_left_out(folder, others, 'neither splits nor OOD sets')
     parts, class_names, channels = {}, None, None
     for part in [part for part in SPLITS if part in found] or ['train']:
         path = found.get(part, folder)
-        if path.suffix in ARRAYS:
+        if is_arrays(path):
             images, labels = read_arrays(path, labelled=True)
             images = prepare(images, image_size, channels)  # (N, C, size, size)
             class_names = class_names or read_class_names(folder, labels)
@@ -284,15 +284,24 @@ def load_folder(folder, image_size):
             images, labels, class_names = read_classes(path, image_size, channels, class_names)
         channels = images.shape[1]
         parts[part] = Split(images, labels)
-    ood = {path.stem: prepare(read_arrays(path)[0], image_size, channels)
-           for path in visible(folder) if path.stem[:4] == 'ood_' and path.suffix in ARRAYS}
-    return parts, class_names, ood
+    return parts, class_names, {path.stem: load_images(path, image_size, channels)[0]
+                                for path in ood}
 
 
 def visible(folder):
     """The entries of a folder without the hidden ones that notebooks and file managers leave."""
     return [path for path in sorted(folder.iterdir())
             if path.name[0] != '.' and path.name != '__MACOSX']
+
+
+def tell_left_out(folder, others, why):
+    if others:
+        tell(f'{folder}: entries left out because they are {why}: {len(others)}, such as '
+             f'{printable(others[0].name)}')
+
+
+def is_arrays(path):
+    return path.suffix.lower() in ('.npy', '.npz')
 
 
 def read_arrays(path, labelled=False):
@@ -302,29 +311,38 @@ def read_arrays(path, labelled=False):
     arrays = []
     try:
         with open(path, 'rb') as file:
-            if path.suffix == '.npz':
-                arrays = list(np.load(file, allow_pickle=False).values())
-            while path.suffix == '.npy' and file.peek(1):
-                arrays.append(np.load(file, allow_pickle=False))
-        arrays.sort(key=lambda array: -array.ndim)  # images first
-        images, labels = arrays if labelled else (arrays[0], None)
-        with np.errstate(over='ignore'):  # what is too large for float32 becomes infinite
-            x = channels_first(torch.from_numpy(images.astype(np.float32)))  # (N, C, H, W)
+            if path.suffix.lower() == '.npz':
+                arrays = list(np.lib.npyio.NpzFile(file, allow_pickle=False).values())
+            while path.suffix.lower() == '.npy' and file.peek(1):
+                arrays.append(np.lib.format.read_array(file, allow_pickle=False))
     except Exception as error:  # of many kinds, for damaged files
-        raise DataError(f'{path}: does not hold {wanted}, by np.save ({error})') from error
-    real = images.dtype.kind in 'biuf' and (x.max() - x.min()).isfinite()
-    if not real or x.shape[1] not in (1, 3):
-        raise DataError(f'{path}: holds {images.dtype} {images.shape}, and not finite {wanted}')
-    if not labelled:
-        return x, None
-    if labels.dtype.kind not in 'biuf' or labels.shape not in {(len(x),), (len(x), 1)}:
-        raise DataError(f'{path}: labels are {labels.dtype} {labels.shape}; save one whole number '
-                        f'for each of the {len(x)} images')
-    y = torch.from_numpy(labels.astype(np.int64)).flatten()  # (N,) or (N, 1) -> (N,)
-    if (y.numpy() != labels.flatten()).any() or y.min() < 0:
-        raise DataError(f'{path}: labels go from {labels.min()} to {labels.max()}; number the '
-                        'classes 0, 1, ... without a gap')
-    return x, y
+        raise DataError(f'{path}: cannot be read ({error}); save {wanted}') from error
+
+    def is_images(array):
+        shaped = array.ndim == 3 or array.ndim == 4 and {*array.shape[1::2]} & {1, 3}
+        return shaped and array.size and array.dtype.kind in 'biuf'
+
+    images = [array for array in arrays if is_images(array)]
+    labels = [array for array in arrays if not is_images(array)]
+    if len(images) != 1 or (labelled and len(labels) != 1):
+        held = ', '.join(f'{array.dtype} {array.shape}' for array in arrays)
+        raise DataError(f'{path}: holds {held or "nothing"}; save {wanted}')
+    with np.errstate(all='ignore'):  # what is too large for its new type is told below
+        x = channels_first(torch.from_numpy(images[0].astype(np.float32)))  # (N, C, H, W)
+        if not (x.max() - x.min()).isfinite():
+            raise DataError(f'{path}: not all pixels are finite numbers; mend or remove these')
+        if not labelled:
+            return x, None
+        given = labels[0]  # (N,) or (N, 1)
+        if given.dtype.kind not in 'biuf' or given.size != len(x):
+            raise DataError(f'{path}: labels are {given.dtype} {given.shape}; save one whole '
+                            f'number for each of the {len(x)} images')
+        labels = given.flatten()  # (N,)
+        y = labels.astype(np.int64)  # (N,)
+    wrong = labels[(y != labels) | (y < 0)]
+    if len(wrong):
+        raise DataError(f'{path}: has a label {wrong[0]}; number the classes 0, 1, ...')
+    return x, torch.from_numpy(y)
 
 
 def channels_first(images):
@@ -337,13 +355,15 @@ def channels_first(images):
 
 def read_class_names(folder, labels):
     """The lines of classes.txt, or of glyphs_classes.txt beside a folder GLYPHS, else numbers."""
-    count = min(int(labels.max()) + 1, len(labels))
+    count = len(labels.unique())  # `check_parts` refuses gaps
     for file in (folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'):
         if file.exists():
             text = file.read_text('utf-8-sig', errors='replace')
             names = [line.strip() for line in text.splitlines() if line.strip()]
-            if len(names) != count or len(set(names)) != count or '\ufffd' in text:
-                raise DataError(f'{file}: write {count} different names in UTF-8, one a line')
+            is_utf8 = '\ufffd' not in text and '\0' not in text
+            if not is_utf8 or not len(names) == len(set(names)) == count:
+                raise DataError(f'{file}: write a name for each of the {count} classes in train, '
+                                'one a line, all different, in UTF-8')
             return names
     return [str(label) for label in range(count)]
 
@@ -354,8 +374,10 @@ def read_classes(folder, image_size, channels, class_names):
     class_names = class_names or [printable(path.name) for path in folders]
     if not folders:
         raise DataError(f'{folder}: no class folders here; make one for the images of each class')
+    tell_left_out(folder, [path for path in visible(folder) if not path.is_dir()
+                           and path.stem[:4] != 'ood_'], 'not class folders')
     images, labels = [], []
-    for path in tqdm(folders, f'reading {folder}', unit='class'):
+    for path in tqdm(folders, f'reading {folder}', unit='class', leave=False):
         if printable(path.name) not in class_names:
             raise DataError(f'{path}: a class without training images; add some, or remove it')
         images.append(load_images(path, image_size, channels or 3)[0])  # (n, C, size, size)
@@ -370,7 +392,7 @@ def load_images(path, image_size, channels):
     """Images uint8 (N, channels, size, size) and the name of each, from an image file, a folder of
     them at any depth, or a .npy or .npz file. A file with several pages gives several images."""
     path = Path(path)
-    if path.suffix in ARRAYS:
+    if is_arrays(path):
         images = prepare(read_arrays(path)[0], image_size, channels)
         return images, [f'{printable(path)}[{i}]' for i in range(len(images))]
     images, names = [], []
@@ -384,31 +406,40 @@ def load_images(path, image_size, channels):
 
 def find_images(folder):
     """The image files in a folder at any depth, in order. What is left out is told."""
-    def refuse(error):
-        raise DataError(f'{folder}: cannot be read ({error}); mend it or name another')
-
-    kinds, files, others = Image.registered_extensions(), [], []
-    for at, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        folders[:] = [name for name in folders if name[0] != '.' and name != '__MACOSX']
-        for name in [name for name in names if name[0] != '.']:
-            readable = kinds.get(Path(name).suffix.lower()) in Image.OPEN
-            (files if readable else others).append(Path(at, name))
-    if others:
-        tell(f'{folder}: {len(others)} files are left out, as they are no images: {others[0]}, ...')
+    kinds = Image.registered_extensions()
+    folders, seen, files, others = [folder], set(), [], []
+    while folders:
+        at = folders.pop()
+        if at.resolve() in seen:  # links may lead in circles
+            continue
+        seen.add(at.resolve())
+        for path in visible(at):
+            if path.is_dir():
+                folders.append(path)
+            else:
+                readable = kinds.get(path.suffix.lower()) in Image.OPEN
+                (files if readable else others).append(path)
+    tell_left_out(folder, others, 'no images that Pillow can read')
     if not files:
-        raise DataError(f'{folder}: no images here; name a folder of image files')
+        raise DataError(f'{folder}: no images here; add some, or remove or rename it')
     return sorted(files)
 
 
 def read_pages(path):
-    """All pages of an image file, each (3, H, W): upright and with all levels of 16-bit files."""
+    """All pages of an image file, each (3, H, W): upright, and with all levels of 16-bit grey."""
     try:
         # From a file object: Pillow scrambles some rotated TIFF files that it opens by name.
         with open(path, 'rb') as file, Image.open(file) as image:
             single = image.format in ('MPO', 'PSD')  # these hold views and layers, not pages
             for page in range(1 if single else getattr(image, 'n_frames', 1)):
-                image.seek(page)
-                yield to_pixels(ImageOps.exif_transpose(image))
+                if page:
+                    image.seek(page)
+                tags = getattr(image, 'tag_v2', {})  # of TIFF
+                if page and tags.get(254, 0) & 5:  # a smaller copy or a mask of the page before
+                    continue
+                # Where 0 is white (tag 262), Pillow inverts 8 bits, but not 16 or 32.
+                sign = -1 if tags.get(262) == 0 and image.mode[0] in 'IF' else 1
+                yield sign * to_pixels(ImageOps.exif_transpose(image))
     except Exception as error:  # of many kinds, for damaged files
         raise DataError(f'{path}: no readable image ({error}); replace or remove it') from error
 
@@ -424,6 +455,8 @@ def to_pixels(image):
         levels = torch.from_numpy(np.array(image, dtype=np.float32))  # (H, W)
         if not (levels.max() - levels.min()).isfinite():
             raise ValueError('not all of its values are finite numbers')
+        if 'transparency' in image.info:  # one level of a 16-bit PNG
+            levels[levels == image.info['transparency']] = 65535  # white
         return levels.expand(3, -1, -1)  # (H, W) -> (3, H, W)
     pixels = torch.from_numpy(np.array(image.convert('RGBA'))).movedim(2, 0)  # (4, H, W)
     colour, alpha = pixels[:3].to(torch.float32), pixels[3:] / 255  # (3, H, W), (1, H, W)
@@ -458,7 +491,7 @@ SANS = 'DejaVuSans'  # the face of the OOD set `typeface`: no serifs, strokes of
 WEIGHT = dict(STIXGeneral=5, STIXGeneralBol=1, cmb10=3, DejaVuSerif=3, DejaVuSans=3)  # in pixels
 PRESS_OOD, EXTRAS = ('clutter', 'ligatures', 'symbols', 'typeface'), 2000  # images in each of them
 FRAME = 56
-ACROSS = torch.linspace(-1, 1, FRAME)  # (56,), columns of the frame, in half frames
+ACROSS = torch.linspace(-1, 1, FRAME, dtype=FLOAT)  # (56,), columns of the frame, in half frames
 DOWN = ACROSS[:, None]  # (56, 1), its rows
 
 
@@ -498,18 +531,19 @@ class Press:
 
     def spread(self, n, low, high):
         """A uniform random number for each image, (n, 1, 1, 1)."""
-        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=self.g)
+        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=self.g, dtype=FLOAT)
 
     def noise(self, n, cells):
         """Smooth noise (n, 1, 56, 56): few cells make stains, many make grain."""
-        rows = F.interpolate(torch.eye(cells)[None, None], (FRAME, cells), mode='bicubic')
-        return rows @ torch.randn(n, 1, cells, cells, generator=self.g) @ rows.mT
+        rows = torch.eye(cells, dtype=FLOAT)[None, None]  # (1, 1, cells, cells)
+        rows = F.interpolate(rows, (FRAME, cells), mode='bicubic')  # (1, 1, 56, cells)
+        return rows @ torch.randn(n, 1, cells, cells, generator=self.g, dtype=FLOAT) @ rows.mT
 
     def pick(self, labels):
         """Type of these labels (n,), or n random letters, in random faces: (n, 1, 112, 112)."""
         if isinstance(labels, int):
             labels = torch.randint(len(PRINTS), (labels,), generator=self.g)
-        shares = torch.tensor(list(FACES.values()))
+        shares = torch.tensor(list(FACES.values()), dtype=FLOAT)
         faces = torch.multinomial(shares, len(labels), replacement=True, generator=self.g)
         return self.case[labels, faces][:, None]
 
@@ -517,7 +551,8 @@ class Press:
         """Type in its frame, scaled, turned, sheared, shifted and worn: (n, 1, 56, 56)."""
         n = len(blocks)
         sx, sy = (self.spread(n, .95, 1.06) / zoom for _ in range(2))
-        angle, shear = (turn * torch.randn(n, 1, 1, 1, generator=self.g) for _ in range(2))
+        angle, shear = (turn * torch.randn(n, 1, 1, 1, generator=self.g, dtype=FLOAT)
+                        for _ in range(2))
         tx, ty = (self.spread(n, -.03, .03) - d for d in (dx, dy))
         u = sx * ACROSS + (angle + shear) * DOWN + tx + .012 * self.noise(n, 10)
         v = sy * DOWN - angle * ACROSS + ty + .012 * self.noise(n, 10)
@@ -528,7 +563,8 @@ class Press:
         """Letters between two others, of which segmentation left only slivers of the serifs."""
         def half_width(mask):  # how far the ink reaches to the sides, (n, 1, 1, 1)
             inked = mask.amax(2, keepdim=True) > .5  # (n, 1, 1, W)
-            return (inked * torch.linspace(-1, 1, mask.shape[3]).abs()).amax(3, keepdim=True)
+            across = torch.linspace(-1, 1, mask.shape[3], dtype=FLOAT)  # (W,)
+            return (inked * across.abs()).amax(3, keepdim=True)
 
         n = len(labels)
         mask = self.place(self.pick(labels))
@@ -637,16 +673,18 @@ def shrink(x):
     return F.pad(small, (left, 0, top, 0)) + ground  # (N, C, H, W)
 
 
-MADE = {  # from test images x, float (N, C, H, W) in [-1, 1], and a random generator g
-    'flipped': lambda x, g: x.flip(2, 3),  # over both axes, as in the tutorial
+MADE = {  # from test images x, float (N, C, H, W) in [-1, 1], and a random generator g;
+    # flipped over both axes, shrunk and noisy are the tutorial's
+    'flipped': lambda x, g: x.flip(2, 3),
     'rotated': lambda x, g: x.rot90(1, (2, 3)),
     'shrunk': lambda x, g: shrink(x),
     'blurred': lambda x, g: blur(x, x.shape[3] / 28),
-    'noisy': lambda x, g: x + .3 * torch.randn(x.shape, generator=g),  # the tutorial's noise
+    'noisy': lambda x, g: x + .3 * torch.randn(x.shape, generator=g, dtype=FLOAT),
     'interpolated': lambda x, g: (x + x.roll(1 + len(x) // 3, 0)) / 2,  # of two images, as in JEM
-    'noise': lambda x, g: torch.rand(x.shape, generator=g),  # uniform
-    'gaussian': lambda x, g: torch.randn(x.shape, generator=g),
-    'constant': lambda x, g: 2 * torch.rand(len(x), 1, 1, 1, generator=g).expand(x.shape) - 1}
+    'noise': lambda x, g: torch.rand(x.shape, generator=g, dtype=FLOAT),  # uniform
+    'gaussian': lambda x, g: torch.randn(x.shape, generator=g, dtype=FLOAT),
+    'constant': lambda x, g: 2 * torch.rand(len(x), 1, 1, 1, generator=g, dtype=FLOAT).expand(
+        x.shape) - 1}
 
 
 def ood_names(data, name, data_root='.data'):
@@ -656,7 +694,7 @@ def ood_names(data, name, data_root='.data'):
         with contextlib.suppress(Exception):  # it is missing or damaged
             there += [other] if open_torchvision(other, 'test', data_root) else []
     letters = [] if name in NAMES else ['letterpress']  # for glyphs: letters of another press
-    return [*data.ood, *letters, *MADE, *[set for set in ['digits', *there] if set != name]]
+    return [*data.ood, *letters, *MADE, *[own for own in ['digits', *there] if own != name]]
 
 
 def load_ood(name, data, seed=0, data_root='.data'):
@@ -731,7 +769,7 @@ def save_figure(figure, path):
 
 
 def shortened(text, length):
-    """The end of a text, for which there is room: of a path it says most."""
+    """The last characters of a text, at most `length`: the end of a path says most."""
     return text if len(text := str(text)) <= length else f'…{text[1 - length:]}'
 
 
@@ -740,46 +778,53 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
     a title, one on the left of each row, above each column, and below each image."""
     import matplotlib.figure  # slow to import, as the next one
     from torchvision.utils import make_grid
-    zoom = max(1, round(56 / x.shape[3]))  # screen pixels for one image pixel
+    high, wide = x.shape[2:]
+    zoom = max(1, round(56 / wide))  # screen pixels for one image pixel
     gap = 2 if not captions else 2 + -(-12 // zoom)  # for captions of 12 screen pixels
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
     height, width = x.shape[2:]
     grid = make_grid(to_uint8(x), columns, padding=0, pad_value=255)  # (3, R * height, C' * width)
+    letters = zoom * width * 2 // 9  # that have room above or below an image
     with matplotlib.rc_context({'text.parse_math': False}):  # a $ in a class name is no formula
         size = zoom * grid.shape[2] / 100, zoom * grid.shape[1] / 100  # in inches
-        figure = matplotlib.figure.Figure(size, dpi=100)
+        figure = matplotlib.figure.Figure(size)
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
-        axes.imshow(grid.movedim(0, 2).numpy(), aspect='auto')  # (R * height, C' * width, 3)
+        axes.imshow(grid.movedim(0, 2).numpy(), aspect='auto',  # (R * height, C' * width, 3)
+                    extent=(0, grid.shape[2], grid.shape[1], 0))
         axes.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
-        axes.set_yticks([height * (i + .5) for i in range(len(rows))], rows)
-        axes.set_xticks([width * (i + .5) for i in range(len(heads))],
-                        [shortened(text, zoom * width // 5) for text in heads])
+        axes.set_yticks([height * i + high / 2 for i in range(len(rows))], rows)
+        axes.set_xticks([width * i + wide / 2 for i in range(len(heads))],
+                        [shortened(text, letters) for text in heads], fontsize=6)
         for i, text in enumerate(captions):
-            axes.text((i % columns + .5) * width, (i // columns + 1) * height,
-                      shortened(text, zoom * width * 2 // 9), ha='center', va='bottom', fontsize=6)
+            axes.text(i % columns * width + wide / 2, i // columns * height + high + 2 / zoom,
+                      shortened(text, letters), ha='center', va='top', fontsize=6)
         axes.set_title(title, fontsize=9, loc='left')
-        with atomic_write(path) as file:
-            figure.savefig(file, bbox_inches='tight')
+        with atomic_write(path) as file:  # matplotlib draws at most 65,535 pixels in a row
+            figure.savefig(file, bbox_inches='tight', dpi=min(100, 6e4 / max(size)))
 
 
 # --- command line: python data.py --data NAME|PATH ------------------------------------------------
 
 def draw_examples(data, path):
-    """Ten training images in a row for each class (course task 3.1)."""
+    """Ten training images in a row for each of the first hundred classes (course task 3.1)."""
+    names = data.class_names[:100]
     members = [(data.train.labels == label).nonzero().flatten()[:10]
-               for label in range(len(data.class_names))]  # (n,) each, n <= 10
+               for label in range(len(names))]  # (n,) each, n <= 10
     index = torch.cat([some[torch.arange(10) % len(some)] for some in members])  # (10 * K,)
-    title = f'{len(data.class_names)} classes, {len(data.train)} training images'
-    save_grid(data.train.batch(index)[0], path, 10, title, rows=data.class_names)
+    title = f'{len(names)} of {len(data.class_names)} classes, {len(data.train)} training images'
+    save_grid(data.train.batch(index)[0], path, 10, title, rows=names)
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description='Draw examples of each class into data.png.')
-    parser.add_argument('--data', default='letterpress', help='name or path, see data.py')
-    parser.add_argument('--data-root', default='.data', help='folder of downloads, letterpress')
-    parser.add_argument('--image-size', type=int, help='default: that of the data set')
-    parser.add_argument('--out', type=Path, default='.', help='folder to write into')
-    parser.add_argument('--seed', type=int, default=0, help='random seed')
+    parser = argparse.ArgumentParser(
+        description='Draw examples of each class into data.png.', usage=argparse.SUPPRESS,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter)  # mistakes are told without usage
+    flag = parser.add_argument
+    flag('--data', default='letterpress', help='name or path of the data set, see data.py')
+    flag('--data-root', default='.data', help='folder of downloads and of the letterpress')
+    flag('--image-size', type=int, help='side in pixels; None is that of the data set')
+    flag('--out', type=Path, default='.', help='folder to write into')
+    flag('--seed', type=int, default=0, help='of random splits and of the letterpress')
     return parser.parse_args(argv)
 
 

@@ -87,7 +87,7 @@ def detection(score_id, score_ood, seed=0, resamples=1000):
       images (such as `blurred`), whose scores are correlated with those of the test images.
     * AUPR has OOD as the positive class and depends on the ratio n_ood / n_id.
     * FPR95 is the share of in-distribution images above the threshold that finds 95 % of the OOD
-      images. Some papers exchange the roles: for them it is 1 - `rejected` of the table.
+      images. Some papers exchange the roles; theirs is about 1 - `rejected` of the table.
     """
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
     labels = np.repeat([0, 1], [len(score_id), len(score_ood)])  # (n_id + n_ood,)
