@@ -137,7 +137,7 @@ def interpolate(model, checkpoint, args):
 def compose(model, checkpoint, args):
     """Two experts, alone and composed, a row each (Du et al. 2020, "Compositional visual generation
     with energy based models"): two classes, by default the first two, or two checkpoints. "1 or 2"
-    is an equal mixture of both laws only at temperature 1 and if their log Z are the same."""
+    is an equal mixture of both laws only if their temperatures and their log Z are the same."""
     if not args.ckpt2:
         args.classes = args.classes or checkpoint['class_names'][:2]
     names = args.classes or [args.ckpt, args.ckpt2]
@@ -153,12 +153,12 @@ def compose(model, checkpoint, args):
     expert1, expert2 = guided(model, y1, args), guided(model2, y2, args)
     starts = [start_noise(args.count, checkpoint, args) for _ in range(5)]  # the same in each row
     streams = [stream for streams, _ in starts for stream in streams]
-    z = torch.cat([z for _, z in starts])  # (N, C, H, W), N = 5 * count
+    z, t = torch.cat([z for _, z in starts]), model.temperature  # (N, C, H, W), N = 5 * count
 
     def energy(x, i):
         e1, e2 = expert1(x, i), expert2(x, i)  # (B,) both
-        product, mixture, negation = e1 + e2, -torch.logaddexp(-e1, -e2), e1 - args.weight * e2
-        e = torch.stack([e1, e2, product, mixture, negation], dim=1)  # (B, 5)
+        mixture = -t * torch.logaddexp(-e1 / t, -e2 / t)
+        e = torch.stack([e1, e2, e1 + e2, mixture, e1 - args.weight * e2], dim=1)  # (B, 5)
         return e[torch.arange(len(i), device=i.device), i // args.count]  # (B, 5) -> (B,)
     x = draw(energy, z, args, streams)[0]
     save_grid(x, args.out / 'compose.png', args.count, 'two experts and their compositions',

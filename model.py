@@ -63,12 +63,11 @@ class EnergyModel(nn.Module):
         y is an int, one label (1,) or B labels (B,); anything else is a ValueError."""
         if y is None:
             return -self.temperature * (logits / self.temperature).logsumexp(1)  # (B, K) -> (B,)
-        y = torch.as_tensor(y, device=logits.device)
+        y, last = torch.as_tensor(y, device=logits.device), logits.shape[1] - 1
         try:
             return -logits.gather(1, y.expand(len(logits))[:, None]).squeeze(1)  # (B, K) -> (B,)
         except RuntimeError as error:
-            labels = f'0 to {logits.shape[1] - 1}'
-            raise ValueError(f'y: give one label or {len(logits)}, {labels}') from error
+            raise ValueError(f'y: one label or {len(logits)}, 0 to {last}') from error
 
 
 def swish_cnn(channels, width):

@@ -140,7 +140,7 @@ def report(model, baseline, data, sets, args):
     print_table(scores, metrics, threshold)
     for name, classifier in {'checkpoint': model, 'baseline': baseline}.items():
         if classifier is not None and classifier.settings['num_classes'] > 1:
-            logits, _ = evaluate(classifier, data.test.images, args.device)  # (N, K)
+            logits, _, _ = evaluate(classifier, data.test.images, args.device)  # (N, K)
             p, y = logits.softmax(1).numpy(), data.test.labels.numpy()  # (N, K), (N,)
             auprc = np.mean([average_precision_score(y == k, p[:, k]) for k in np.unique(y)])
             print(f'{name} on the {len(y)} test images: accuracy {(p.argmax(1) == y).mean():.4f}, '
@@ -286,8 +286,8 @@ def calibrate(models, data, args):
     rows = []
     with panels(list(models), args.out / 'calibration.png', 'confidence', 'accuracy') as axes:
         for ax, (name, model) in zip(axes, models.items()):
-            logits_val, _ = evaluate(model, data.val.images, args.device)  # (N, K)
-            logits, _ = evaluate(model, data.test.images, args.device)  # (N, K)
+            logits_val, _, _ = evaluate(model, data.val.images, args.device)  # (N, K)
+            logits, _, _ = evaluate(model, data.test.images, args.device)  # (N, K)
             for t in (1., fit_temperature(logits_val, data.val.labels)):
                 ece, confidence, accuracy = reliability(logits / t, data.test.labels)
                 ax.plot(confidence, accuracy, marker='o', label=f'T = {t:.2f}: ECE {ece:.4f}')

@@ -19,9 +19,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
 
     * `noise=None` is sqrt(2 * step_size). With eta = 2 * step_size this is the lecture's
       x - eta/2 dE/dx + sqrt(eta) xi, whose stationary law tends to exp(-E)/Z as eta -> 0.
-    * With less noise the chains follow, to first order, exp(-E/T)/Z with the temperature
-      T = noise^2 / (2 * step_size). The course's step 10 and noise .005 have T = 1.3e-6, the
-      defaults of train.py at 56x56 (7.84 and .02) T = 2.6e-5: descent with a little noise.
+    * With less noise the chains follow, to first order, exp(-E/T)/Z with the `temperature` T.
     * With the clamp the law is confined to the box (projected Langevin dynamics). A clipped
       gradient is in general the gradient of no energy, so the law of such chains is not known.
 
@@ -30,16 +28,14 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
             behind it are left as they are.
         x: start of the chains, float32 (B, C, H, W); not changed.
         steps: K, the number of steps.
-        step_size, noise: see above; noise may also be a sequence of one for each step.
+        step_size, noise: see above; noise may also be a sequence of one for each step (of another
+            length it is a ValueError).
         grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip], or None.
         clamp: (low, high) of the pixel values, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).
         callback: called as callback(k, x, e) before step k with the state x and its energies (B,).
         free: bool, broadcast to x: the pixels that move. The others keep their values exactly.
         differentiable: keep the graph of all steps, for gradients with respect to the start.
-
-    Raises:
-        ValueError: there are more or fewer noises than steps.
     """
     noise = (2 * step_size) ** .5 if noise is None else noise
     noises = list(noise) if torch.as_tensor(noise).ndim else [noise] * steps
@@ -86,9 +82,9 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
         sampler: the facts of a training: its flags `steps`, `step_size` (or None), `noise`,
             `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
         kind: 'training', chains as the training moves them;
-            'sampling', chains from noise. If the matching term has shaped an energy that leads back
-            from everywhere, they start hot and cool down (simulated annealing, Kirkpatrick
-            et al. 1983): hot chains choose among the modes, cold ones fall into the nearest;
+            'sampling', chains from noise. If the matching term leads back from everywhere, they
+            start hot and cool down (simulated annealing, Kirkpatrick et al. 1983): hot chains
+            choose among the modes, cold ones fall into the nearest;
             'descent', no noise: the chain is a function of its start.
         steps, step_size, noise: replace the decided values; 'descent' never has noise.
     """
@@ -106,12 +102,13 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
         noise = [4 * (1 - k / steps) ** 2 for k in range(steps)]
     elif noise is None:
         noise = sampler['noise']
-    return {'steps': steps, 'step_size': step_size, 'noise': noise,
-            'grad_clip': sampler['grad_clip']}
+    clip = sampler['grad_clip']
+    return {'steps': steps, 'step_size': step_size, 'noise': noise, 'grad_clip': clip}
 
 
 def temperature(sampler):
-    """T of the law exp(-E/T) of the training chains, see `sgld`; at least 1e-9."""
+    """T = noise^2 / (2 step_size) of the law exp(-E/T) of the training chains; at least 1e-9. It is
+    1.3e-6 for the course's step 10 and noise .005, and 2.6e-5 for train.py at 56x56."""
     settings = chain_settings(sampler, 'training')
     return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 
@@ -119,11 +116,9 @@ def temperature(sampler):
 # --- where chains start ---------------------------------------------------------------------------
 
 def prior(kind, shape, generator=None, device='cpu'):
-    """Starts of fresh chains, float32 of `shape` (B, C, H, W).
-
-    gaussian: N(0, 0.01), a standard deviation of .1.  uniform: on [-1, 1].  grainy: see below.
-    mixed: half gaussian and half grainy, so that the energy learns to lead back from everywhere.
-    """
+    """Starts of fresh chains, float32 of `shape` (B, C, H, W): 'gaussian', N(0, 0.01); 'uniform'
+    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian and half grainy, so that the energy
+    learns to lead back from everywhere."""
     if kind == 'gaussian':
         return .1 * randn(shape, generator, device)
     if kind == 'uniform':
@@ -224,8 +219,7 @@ class CudaGraph:
 
     The first call records its kernels. If they cannot be recorded, a line says so and the function
     is called as it is. The function must do the same in every call and read nothing back from the
-    GPU. Weights may change in place, and `generator` goes on as it would without the graph.
-    """
+    GPU. Weights may change in place, and `generator` goes on as it would without the graph."""
 
     def __init__(self, function, generator):
         self.function, self.generator = function, generator

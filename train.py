@@ -6,9 +6,8 @@
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
 Writes best.pt, last.pt, log.csv, updates.csv (a row every ten updates), curves.png and samples/
-into --out. best.pt is the epoch with the best validation score: of a JEM the mean of val_auprc
-(macro AUPRC of p(y|x)) and val_auroc (E(x) of images against uniform noise and mixtures of two
-images), of an EBM val_auroc, of a classifier val_auprc.
+into --out. best.pt is the epoch with the best score: the mean of val_auprc (macro AUPRC of p(y|x))
+and val_auroc (E(x) against uniform noise and mixtures of two images), or the one that there is.
 """
 import argparse
 import copy
@@ -36,8 +35,8 @@ WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient,
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
 RETREAT, MOST_TRIPS = .3, 4  # of the guard: factor on the learning rate, and how often in a row
 EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
-NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'train_accuracy',
-           'loss_matching', 'loss_reg', 'loss', 'grad_norm']
+NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'loss_matching', 'loss_reg',
+           'loss', 'grad_norm']
 SCORES = ['val_accuracy', 'val_auprc', 'val_auroc', 'energy_noise', 'score']
 
 
@@ -123,17 +122,15 @@ def l2_step(energy_real, energy_synth):
 
 def pyx_step(logits, y):
     """The cross-entropy of softmax f(x)[y]: logits (B, K), labels (B,) -> scalar. It is -log p(y|x)
-    for T = 1. For T < 1 it is an upper bound of -T log p(y|x), because T logsumexp(a / T) grows
-    with T; unlike that, it asks for a margin between the classes."""
+    for T = 1, and an upper bound of -T log p(y|x) for T < 1, as T logsumexp(a / T) grows with T."""
     return F.cross_entropy(logits, y)
 
 
 def matching_step(energy, x_real, away, slope):
-    """How far dE/dx at the points x_real + away (B, C, H, W) is from the gradient of a valley around
-    each image: a scalar >= 0. At a distance r from the image (root mean square over the pixels) the
-    valley has the energy slope * sqrt(r^2 + ROUND^2): round at the bottom, then of constant slope.
-    This regresses directions, as equilibrium matching does (Wang and Du 2025), not the score of a
-    density; between close images valleys merge, as in denoising score matching (Vincent 2011)."""
+    """How far dE/dx at x_real + away (B, C, H, W) is from the gradient of a valley around each image,
+    a scalar >= 0. At a distance r from it (root mean square over the pixels) the valley has the
+    energy slope * sqrt(r^2 + ROUND^2). This regresses directions, as equilibrium matching does
+    (Wang and Du 2025), and not the score of a density."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -198,8 +195,6 @@ def train(args, data, old_run=()):
         path.unlink()
     save_run(state, history, args, facts)
     total = args.epochs * (len(split) // args.batch_size)
-    if total < 500 and rank() == 0:
-        print(f'{total} updates are few to learn from: raise --epochs or lower --batch-size')
     with tqdm(total=total, initial=history['step'], unit='update', disable=rank() > 0) as bar:
         while history['epoch'] < args.epochs:
             started, measured = time.monotonic(), []
@@ -211,15 +206,13 @@ def train(args, data, old_run=()):
                 energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                 loss_pyx = pyx_step(logits, y)
                 loss = args.pyx_weight * loss_pyx
-                numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean(),
-                           'train_accuracy': (logits.argmax(1) == y).float().mean()}
+                numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean()}
 
                 if args.contrast:
                     # x' ~ p(x): K steps of SGLD from stored chains, or from the data (task 3.3)
                     start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
                     x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
                     reservoir.store(slot, x_synth)
-
                     # -log p(x): data against samples, and the size of the energies
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
                     terms = {'loss_px': px_step(energy_real, energy_synth),
@@ -253,7 +246,7 @@ def train(args, data, old_run=()):
                 if history['step'] % 10 == 0:
                     row = dict(zip(numbers, torch.stack(measured[-10:]).mean(0).tolist()))
                     history['updates'].append({'step': history['step'], **row})
-                    bar.set_postfix({key: row[key] for key in NUMBERS[2:5] if key in row})
+                    bar.set_postfix({key: row[key] for key in NUMBERS[2:4] if key in row})
             history['seconds'] += time.monotonic() - started
             row = dict(zip(numbers, torch.stack(measured).mean(0).tolist()))
             row |= validate(averaged, val_split, args)
@@ -292,7 +285,7 @@ def validate(model, split, args):
     noise = prior('uniform', x.shape, generator, args.device)  # (N, C, H, W)
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
-    for k in y.unique() if args.px_weight else []:
+    for k in y.unique().tolist() if args.px_weight else []:
         # No loss sets the level of a class: give E(x, y) of its images x the median 0.
         level = logits[:len(y)][y.cpu() == k, k].median()
         logits[:, k] -= level
@@ -330,7 +323,7 @@ def log_epoch(row, trouble, state, history, args, data, facts):
         if args.px_weight:
             draw_samples(state, history, args, data, facts)
     shown = [f'{key} {row[key]:.4g}' for key in ['epoch', 'loss_px', *SCORES] if key in row]
-    shown += [f'guard: trips {history["trips"]}, lr {history["lr"]:.2g}'] * bool(history['trips'])
+    shown += [f'trips {history["trips"]}, lr {history["lr"]:.2g}'] * bool(history['trips'])
     tqdm.write('  '.join([*shown, row['event'], 'best so far' if best else '']))
 
 
@@ -426,6 +419,8 @@ def check(args, data):
     if args.model == 'jem' and len(data.class_names) < 2:
         fail(f'--data {args.data} has one class only, and a JEM needs two; use --model ebm')
     check_apart(args.out, args.data)
+    if args.epochs * len(data.train) < 500 * args.batch_size and rank() == 0:
+        print('fewer than 500 updates are few to learn from; raise --epochs or lower --batch-size')
     names = ['last.pt', 'best.pt', 'log.csv', 'updates.csv', 'curves.png', 'samples/epoch_*.png']
     there = [path for name in names for path in args.out.glob(name)]
     if there and not args.resume and not args.overwrite:
