@@ -127,8 +127,8 @@ def pyx_step(logits, y):
 
 
 def matching_step(energy, x_real, away, slope):
-    """How far dE/dx at x_real + away (B, C, H, W) is from the gradient of a valley around each image,
-    a scalar >= 0. At a distance r from it (root mean square over the pixels) the valley has the
+    """How far dE/dx at x_real + away (B, C, H, W) is from that of a valley around each image: a
+    scalar >= 0. At a distance r from the image (root mean square over the pixels) the valley has the
     energy slope * sqrt(r^2 + ROUND^2). This regresses directions, as equilibrium matching does
     (Wang and Du 2025), and not the score of a density."""
     x = (x_real + away).requires_grad_()
@@ -306,8 +306,7 @@ def validate(model, split, args):
 def log_epoch(row, trouble, state, history, args, data, facts):
     """Write the logs and pictures of an epoch, and best.pt if none before has a higher score."""
     history['epoch'] += 1
-    history['event'] = trouble or history['event']
-    row |= {key: history[key] for key in EPOCH}
+    row |= {**{key: history[key] for key in EPOCH}, 'event': trouble or history['event']}
     history['epochs'].append(row)
     history['event'] = ''
     if rank() > 0:
