@@ -128,7 +128,7 @@ def pyx_step(logits, y):
 
 def matching_step(energy, x_real, away, slope):
     """How far dE/dx at x_real + away (B, C, H, W) is from that of a valley around each image: a
-    scalar >= 0. At a distance r from the image (root mean square over the pixels) the valley has the
+    scalar >= 0. At a distance r from it (root mean square over the pixels) the valley has the
     energy slope * sqrt(r^2 + ROUND^2). This regresses directions, as equilibrium matching does
     (Wang and Du 2025), and not the score of a density."""
     x = (x_real + away).requires_grad_()
