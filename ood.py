@@ -68,7 +68,7 @@ def all_scores(logits, energy, gradient):
     line here: table, CSV file and plots follow. With K = 1 there is no p(y|x), no score of it."""
     scores = {'energy': energy}  # E(x)
     if logits.shape[1] > 1:
-        log_p = logits.log_softmax(1)  # log p(y|x), (N, K)
+        log_p = logits.log_softmax(1)  # log p(y|x) for T = 1, (N, K): at small T all are 0 or 1
         scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max p, Hendrycks and Gimpel 2017
         scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # H[p(y|x)]
         scores['max_logit'] = -logits.amax(1)  # min_y E(x, y)

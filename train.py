@@ -58,6 +58,7 @@ def parse_args(argv=None):
     flag('--px-weight', type=weight, default=1., help='weight of -log p(x); 0: classifier')
     flag('--pyx-weight', type=weight, default=3., help='weight of -log p(y|x)')
     flag('--contrast', type=weight, default=1., help='weight of the energy gap; 0: no chains')
+    flag('--chains-after', type=number(int, 0), default=0, help='updates before chains start')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term on the energies')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
     flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='of E(x) by that term')
@@ -127,10 +128,10 @@ def pyx_step(logits, y):
 
 
 def matching_step(energy, x_real, away, slope):
-    """How far dE/dx at x_real + away (B, C, H, W) is from that of a valley around each image: a
-    scalar >= 0. At a distance r from it (root mean square over the pixels) the valley has the
-    energy slope * sqrt(r^2 + ROUND^2). This regresses directions, as equilibrium matching does
-    (Wang and Du 2025), and not the score of a density."""
+    """How far dE/dx at x_real + away (B, C, H, W) is from that of a valley around each image, >= 0.
+    At a distance r from the image (root mean square over the pixels) the valley has the energy
+    slope * sqrt(r^2 + ROUND^2). This regresses directions, as equilibrium matching does (Wang and
+    Du 2025), and not the score of a density."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -198,6 +199,7 @@ def train(args, data, old_run=()):
     with tqdm(total=total, initial=history['step'], unit='update', disable=rank() > 0) as bar:
         while history['epoch'] < args.epochs:
             started, measured = time.monotonic(), []
+            contrast = args.contrast * (history['step'] >= args.chains_after)
             for index in batches(len(split), args, history['epoch']):
                 x_real, y = split.batch(index)  # (B, C, H, W), (B,)
 
@@ -208,7 +210,7 @@ def train(args, data, old_run=()):
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean()}
 
-                if args.contrast:
+                if contrast:
                     # x' ~ p(x): K steps of SGLD from stored chains, or from the data (task 3.3)
                     start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
                     x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
@@ -217,15 +219,13 @@ def train(args, data, old_run=()):
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
                     terms = {'loss_px': px_step(energy_real, energy_synth),
                              'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
-                    loss = loss + args.px_weight * args.contrast * sum(terms.values())
+                    loss = loss + args.px_weight * contrast * sum(terms.values())
                     numbers |= {**terms, 'energy_synth': energy_synth.mean()}
-
                 if args.matching:  # dE/dx leads back to the data
                     away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
-                    loss_matching = args.matching * matching_step(
+                    numbers['loss_matching'] = args.matching * matching_step(
                         partial(energy, y=y), x_real, away, args.slope)
-                    loss = loss + args.px_weight * loss_matching
-                    numbers['loss_matching'] = loss_matching
+                    loss = loss + args.px_weight * numbers['loss_matching']
 
                 # descent on -log p(x, y) = -log p(x) - log p(y|x), each with its weight
                 rate = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
