@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from data import (DataError, check_apart, find_images, load_data, load_images, load_ood, ood_names,
@@ -165,6 +164,7 @@ def print_table(scores, metrics, threshold):
 @contextlib.contextmanager
 def panels(titles, path, xlabel, ylabel):
     """Gives axes, one for each of `titles`, and afterwards writes them as the PNG `path`."""
+    from matplotlib.figure import Figure  # slow to import
     columns = min(len(titles), 4)
     rows = -(-len(titles) // columns)  # rounded up
     figure = Figure(figsize=(3.6 * columns, 2.8 * rows), layout='constrained')
