@@ -37,6 +37,7 @@ TORCHVISION = {  # class, image size, arguments of the training part and of the 
     'svhn': ('SVHN', 32, {'split': 'train'}, {'split': 'test'}),
     'omniglot': ('Omniglot', 56, {'background': True}, None)}
 NAMES = ['letterpress', 'digits', *TORCHVISION]
+sys.stderr = sys.stderr or open(os.devnull, 'w')  # it may be closed, which tqdm does not survive
 FLOAT = torch.float32  # named wherever tensors are made: a notebook may have another default
 
 
@@ -268,7 +269,7 @@ def load_folder(folder, image_size):
                         'one, or rename this if it is a class')
     if any(path.stem != part for part, path in found.items()):
         tell(', '.join(f'{path} is the {part} split' for part, path in found.items()))
-    ood = [path for path in entries if path.stem[:4] == 'ood_' and is_arrays(path)]
+    ood = [path for path in entries if is_ood(path)]
     if found:
         used = [*found.values(), *ood, folder / 'classes.txt']
         others = [path for path in entries if path not in used]
@@ -304,10 +305,14 @@ def is_arrays(path):
     return path.suffix.lower() in ('.npy', '.npz')
 
 
+def is_ood(path):
+    return path.stem[:4] == 'ood_' and is_arrays(path)
+
+
 def read_arrays(path, labelled=False):
     """Images (N, C, H, W), and labels int64 (N,) or None, from a .npy file with one array after the
     other, or from a .npz file. No file can run code."""
-    wanted = 'images (N, H, W) or (N, H, W, 3)' + ', then labels (N,)' * labelled
+    wanted = 'images (N, H, W) or (N, H, W, 3)' + ', then labels (N,)' * labelled + ' by np.save'
     arrays = []
     try:
         with open(path, 'rb') as file:
@@ -316,7 +321,7 @@ def read_arrays(path, labelled=False):
             while path.suffix.lower() == '.npy' and file.peek(1):
                 arrays.append(np.lib.format.read_array(file, allow_pickle=False))
     except Exception as error:  # of many kinds, for damaged files
-        raise DataError(f'{path}: cannot be read ({error}); save {wanted}') from error
+        raise DataError(f'{path}: not readable ({error}); save {wanted}') from error
 
     def is_images(array):
         shaped = array.ndim == 3 or array.ndim == 4 and {*array.shape[1::2]} & {1, 3}
@@ -374,8 +379,8 @@ def read_classes(folder, image_size, channels, class_names):
     class_names = class_names or [printable(path.name) for path in folders]
     if not folders:
         raise DataError(f'{folder}: no class folders here; make one for the images of each class')
-    tell_left_out(folder, [path for path in visible(folder) if not path.is_dir()
-                           and path.stem[:4] != 'ood_'], 'not class folders')
+    others = [path for path in visible(folder) if path not in folders and not is_ood(path)]
+    tell_left_out(folder, others, 'not class folders')
     images, labels = [], []
     for path in tqdm(folders, f'reading {folder}', unit='class', leave=False):
         if printable(path.name) not in class_names:
@@ -441,7 +446,7 @@ def read_pages(path):
                 sign = -1 if tags.get(262) == 0 and image.mode[0] in 'IF' else 1
                 yield sign * to_pixels(ImageOps.exif_transpose(image))
     except Exception as error:  # of many kinds, for damaged files
-        raise DataError(f'{path}: no readable image ({error}); replace or remove it') from error
+        raise DataError(f'{path}: not readable ({error}); replace or remove it') from error
 
 
 def read_image(path):
@@ -784,7 +789,7 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
     height, width = x.shape[2:]
     grid = make_grid(to_uint8(x), columns, padding=0, pad_value=255)  # (3, R * height, C' * width)
-    letters = zoom * width * 2 // 9  # that have room above or below an image
+    letters = zoom * width // 5  # that have room above or below an image
     with matplotlib.rc_context({'text.parse_math': False}):  # a $ in a class name is no formula
         size = zoom * grid.shape[2] / 100, zoom * grid.shape[1] / 100  # in inches
         figure = matplotlib.figure.Figure(size)
