@@ -5,6 +5,7 @@ all scripts share: checkpoints, flags, devices and the way in which mistakes are
 """
 import argparse
 import io
+import math
 import os
 import pickle
 import signal
@@ -25,8 +26,12 @@ K = 5  # classes; no test has as many images, so an exchange of the two dimensio
 
 @pytest.fixture
 def model():
+    return make_model()
+
+
+def make_model(temperature=1.):
     torch.manual_seed(0)
-    return EnergyModel(num_classes=K, channels=1, width=4)
+    return EnergyModel(K, channels=1, width=4, temperature=temperature)
 
 
 def images(count, channels=1, height=20, width=20):
@@ -40,21 +45,43 @@ def assert_close(seen, expected, hint, **tolerance):
 
 # --- energies of logits ---------------------------------------------------------------------------
 
-def test_marginal_energy_sums_the_joint_ones(model):
-    """exp(-E(x)) = sum_y exp(-E(x, y))."""
-    x = images(7)
+@pytest.mark.parametrize('t', [1., .1])
+def test_marginal_energy_sums_the_joint_ones(t):
+    """exp(-E(x) / T) = sum_y exp(-E(x, y) / T)."""
+    model, x = make_model(t), images(7)
     joint = torch.stack([model.energy(x, y) for y in range(K)], dim=1)  # (7, K)
     marginal = model.energy(x)
     assert marginal.shape == (7,), 'one energy an image: logsumexp goes over the classes, dim=1'
-    assert_close(marginal, -torch.logsumexp(-joint, dim=1), 'E(x) is -logsumexp_y of -E(x, y): '
-                 'logsumexp, not sum, mean or max; both energies are minus a logit')
+    assert_close((-marginal / t).exp(), (-joint / t).exp().sum(1), 'E(x) is -T logsumexp_y of '
+                 '-E(x, y) / T: not sum, mean or max; both energies are minus a logit')
 
 
-def test_classifier_is_the_ratio_of_joint_to_marginal(model):
-    """p(y|x) = p(x, y) / p(x) = exp(-E(x, y)) / exp(-E(x)): the normalising constant cancels."""
-    x, y = images(7), torch.tensor([0, 1, 2, 3, 4, 0, 1])
-    ratio = (model.energy(x) - model.energy(x, y)).exp()
-    softmax = model.get_logits(x).softmax(dim=1)[torch.arange(7), y]
+@pytest.mark.parametrize('t', [1., .1, 1e-4])
+def test_marginal_energy_by_hand(t):
+    """Each image has two logits that T tells apart or not: E(x) = -m - T log sum_y exp((f - m) / T)
+    with the greatest logit m, so that no term overflows."""
+    logits = torch.tensor([[.3, .3 - 1e-4, -.2], [.5, .4, 0.], [-2., -2., -2.]])  # (3, 3)
+    wanted = [-max(f) - t * math.log(sum(math.exp((value - max(f)) / t) for value in f))
+              for f in logits.tolist()]
+    found = EnergyModel(3, width=4, temperature=t).energy_of_logits(logits)
+    assert_close(found, torch.tensor(wanted), 'is T missing, inside or outside?', rtol=0, atol=1e-6)
+
+
+def test_cold_marginal_energy_is_the_least_joint_one():
+    """As T -> 0, E(x) = min_y E(x, y), with finite gradients."""
+    logits = torch.randn(50, K, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    energy = EnergyModel(K, width=4, temperature=1e-9).energy_of_logits(logits)  # (50,)
+    assert_close(energy, -logits.amax(1), 'min_y E(x, y) = -max_y f(x)[y]')
+    energy.sum().backward()
+    assert_close(logits.grad, -F.one_hot(logits.argmax(1), K).float(), 'dE/df is -1 at the maximum')
+
+
+@pytest.mark.parametrize('t', [1., .1])
+def test_classifier_is_the_ratio_of_joint_to_marginal(t):
+    """p(y|x) = p(x, y) / p(x) = exp(-E(x, y) / T) / exp(-E(x) / T): Z cancels."""
+    model, x, y = make_model(t), images(7), torch.tensor([0, 1, 2, 3, 4, 0, 1])
+    ratio = ((model.energy(x) - model.energy(x, y)) / t).exp()
+    softmax = (model.get_logits(x) / t).softmax(dim=1)[torch.arange(7), y]
     assert_close(ratio, softmax, 'if the ratio is the inverse of the softmax, a sign is wrong')
 
 
@@ -79,14 +106,16 @@ def test_one_logit_is_a_plain_ebm():
 def test_labels_are_an_int_one_label_or_one_for_each_image(y):
     """A single label is meant for all images."""
     logits = torch.randn(3, K)
-    assert torch.equal(EnergyModel(K, width=4).energy_of_logits(logits, y), -logits[:, 2])
+    for t in (1., .1):  # T has no say in E(x, y)
+        found = EnergyModel(K, width=4, temperature=t).energy_of_logits(logits, y)
+        assert torch.equal(found, -logits[:, 2])
 
 
 @pytest.mark.parametrize('shape', [(0,), (2,), (4,), (3, 1), (1, 1), (1, 3)], ids=str)
 def test_labels_of_another_shape_are_an_error(shape):
     """Else broadcasting or gather would give too few energies, and some chains would not move."""
     with pytest.raises(ValueError, match='one label or 3'):
-        EnergyModel(K, width=4).energy_of_logits(torch.randn(3, K), torch.zeros(shape, dtype=torch.long))
+        EnergyModel(K, width=4).energy_of_logits(torch.randn(3, K), torch.zeros(shape).long())
 
 
 @pytest.mark.parametrize('y', [K, -1, [0, 1, K], [.5]], ids=str)
@@ -130,12 +159,13 @@ def test_images_do_not_mix(model):
                  'is there a batch normalisation, or a mean over dim 0?')
 
 
-@pytest.mark.parametrize('num_classes', [1, 42])
-def test_fresh_energies_are_near_zero(num_classes):
+@pytest.mark.parametrize('num_classes, t', [(1, 1.), (42, 1.), (42, 1e-4)])
+def test_fresh_energies_are_near_zero(num_classes, t):
     """The L2 term of the loss pulls energies to 0, so that is where they start."""
     torch.manual_seed(0)
-    energy = EnergyModel(num_classes).energy(images(8)).mean().item()
-    assert abs(energy) < .1, f'{energy:.2f}: logsumexp of K zeros is log K; the bias takes it away'
+    energy = EnergyModel(num_classes, temperature=t).energy(images(8)).mean().item()
+    assert abs(energy) < .1, (
+        f'{energy:.2f}: T logsumexp of K zeros is T log K; the bias takes it away')
 
 
 def test_energy_is_smooth():
@@ -226,10 +256,11 @@ def test_checkpoint_round_trip(model, path):
 
 def test_plain_ebm_has_no_class_names(tmp_path):
     """Its data have classes, but it knows none of them. It also has other settings."""
-    path = save(EnergyModel(num_classes=1, channels=3, width=8), tmp_path / 'a.pt')
+    path = save(EnergyModel(1, channels=3, width=8, temperature=.5), tmp_path / 'a.pt')
     model, checkpoint = load_model(path)
     assert checkpoint['class_names'] == []
-    assert model.settings == {'num_classes': 1, 'channels': 3, 'width': 8}
+    assert model.settings == {'num_classes': 1, 'channels': 3, 'width': 8, 'temperature': .5}
+    assert model.temperature == .5
 
 
 def test_load_model_needs_nothing_else(model, path):

@@ -12,7 +12,8 @@ import torch
 import torch.utils.checkpoint
 from torch import nn
 
-from sampler import Reservoir, chain_settings, grainy, make_reservoir, prior, randn, sgld
+from sampler import (Reservoir, chain_settings, grainy, make_reservoir, prior, randn, sgld,
+                     temperature)
 
 
 def quadratic(s):
@@ -235,14 +236,12 @@ def test_default_step_moves_pixels_by_a_tenth():
 
 
 def test_chains_from_noise_cool_down():
-    """Simulated annealing, if a matching term has shaped the energy: .5 at first, then less and
-    less. Each noise is used once, whatever the number of steps."""
+    """Simulated annealing, if a matching term has shaped the energy: 4 at first, then less and
+    less, 4 (1 - k / K)^2. Each noise is used once, whatever the number of steps."""
     for steps in (None, 10):
         noises = chain_settings(FACTS, 'sampling', steps)['noise']
         assert len(noises) == (steps or 60)
-        assert noises[0] == .5 and noises[-1] == pytest.approx(.5 / len(noises))
-        drops = -torch.tensor(noises).diff()
-        assert_close(drops, torch.full_like(drops, .5 / len(noises)), 'it falls in equal steps')
+        assert noises == pytest.approx([4 * (1 - k / len(noises)) ** 2 for k in range(len(noises))])
 
 
 def test_descent_has_no_noise():
@@ -259,14 +258,17 @@ def test_what_is_given_replaces_the_settings(kind):
         'steps': 7, 'step_size': 3., 'noise': 0., 'grad_clip': .5}
 
 
-@pytest.mark.parametrize('given, temperature', [({}, 2.6e-5),
-                                                ({'step_size': 10., 'noise': .005}, 1.3e-6)])
-def test_temperature_of_training_chains(given, temperature):
-    """Chains follow exp(-E/T)/Z with T = noise^2 / (2 * step_size): the two that `sgld` names."""
+@pytest.mark.parametrize('given, wanted', [({}, 2.6e-5),
+                                           ({'step_size': 10., 'noise': .005}, 1.3e-6)])
+def test_temperature_of_training_chains(given, wanted):
+    """Chains follow exp(-E/T)/Z with T = noise^2 / (2 * step_size): the two that `temperature`
+    names. It is never 0, as E(x) divides by it."""
     settings = chain_settings({**FACTS, **given}, 'training')
+    assert temperature({**FACTS, **given}) == pytest.approx(wanted, rel=.05)
+    assert temperature({**FACTS, 'noise': 0.}) == 1e-9
     s = (settings['step_size'] / .05) ** .5  # an energy so flat that a = .05
     x = sgld(quadratic(s), torch.zeros(20_000, 1, 1, 1), **settings, generator=seeded())
-    assert x.var().item() / s ** 2 == pytest.approx(temperature, rel=.06)
+    assert x.var().item() / s ** 2 == pytest.approx(wanted, rel=.06)
 
 
 def test_unknown_kind_of_chains_is_an_error():

@@ -36,6 +36,15 @@ def plain(trained, tmp_path_factory):
     return path
 
 
+@pytest.fixture
+def warm(plain, tmp_path):
+    """The same at T = .5: at the T of the run, E(x) is all but min_y E(x, y)."""
+    checkpoint = load_model(plain)[1]
+    checkpoint['settings']['temperature'] = .5
+    torch.save(checkpoint, tmp_path / 'warm.pt')
+    return tmp_path / 'warm.pt'
+
+
 @pytest.fixture(scope='module')
 def coloured(tmp_path_factory):
     """A checkpoint of colour images: a folder each of red, green and blue bars."""
@@ -109,7 +118,7 @@ def test_noise_and_step_of_each_mode(trained, tmp_path, monkeypatch):
         return seen[0]['noise'], seen[0]['step_size']
 
     monkeypatch.setattr(generate, 'sgld', spy)
-    cooling = [.5 * (1 - k / 6) for k in range(6)]
+    cooling = [4 * (1 - k / 6) ** 2 for k in range(6)]
     for mode, noise in {'samples': cooling, 'compose': cooling, 'chain': .02, 'inpaint': .02,
                         'interpolate': 0, 'reconstruct': 0, 'denoise': 0}.items():
         assert settings(mode) == (noise, pytest.approx(.64)), mode
@@ -181,14 +190,16 @@ def test_class_names_that_are_numbers(refused):
         assert f'--classes {name}' in line and line.endswith(' '.join(known))
 
 
-def test_guidance(plain):
-    """w = 1 is E(x, y), w = 0 is E(x), and any w is E(x) - w log p(y|x); i looks the labels up."""
-    model, _ = load_model(plain)
+def test_guidance(warm):
+    """w = 1 is E(x, y), w = 0 is E(x), and any w is E(x) - w T log p(y|x); i looks the labels up.
+    """
+    model, t = load_model(warm)[0], .5
     x, y, i = torch.rand(5, 1, 16, 16), torch.tensor([2, 1, 0]), torch.tensor([2, 1, 0, 2, 2])
-    log_p = model.get_logits(x).log_softmax(1)[torch.arange(5), y[i]]  # (B, K) -> (B,)
+    log_p = (model.get_logits(x) / t).log_softmax(1)[torch.arange(5), y[i]]  # (B, K) -> (B,)
     for w in (0., 1., 3.5):
         energy = generate.guided(model, y, parse('--guidance', w))(x, i)
-        torch.testing.assert_close(energy, model.energy(x) - w * log_p, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(energy, model.energy(x) - w * t * log_p, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(generate.guided(model, y, parse())(x, i), model.energy(x, y[i]))
     torch.testing.assert_close(generate.guided(model, None, parse())(x, i), model.energy(x))
 
 
@@ -416,8 +427,9 @@ def test_data_weight_that_overshoots(plain, refusal):
 
 # --- compose --------------------------------------------------------------------------------------
 
-def test_compositions_of_two_energies(plain, tmp_path, monkeypatch):
-    """The rows follow E1 = 1, E2 = 2, their product, mixture and negation."""
+def test_compositions_of_two_energies(warm, tmp_path, monkeypatch):
+    """The rows follow E1 = 1, E2 = 2, their product, mixture, exp(-E / T) = exp(-E1 / T) +
+    exp(-E2 / T), and negation."""
     def constant(model, y, args):
         return lambda x, i: torch.full((len(x),), 1. if y[0] == 0 else 2.)
 
@@ -430,8 +442,8 @@ def test_compositions_of_two_energies(plain, tmp_path, monkeypatch):
     energies = []
     monkeypatch.setattr(generate, 'guided', constant)
     monkeypatch.setattr(generate, 'draw', spy)
-    run(plain, tmp_path, '--classes', 'stand', 'lie', '--count', 2, mode='compose')
-    mixture = -float(np.log(np.exp(-1) + np.exp(-2)))
+    run(warm, tmp_path, '--classes', 'stand', 'lie', '--count', 2, mode='compose')
+    mixture = -.5 * float(np.log(np.exp(-1 / .5) + np.exp(-2 / .5)))
     wanted = torch.tensor([1., 2., 3., mixture, .6]).repeat_interleave(2)
     for energy in energies:
         torch.testing.assert_close(energy, wanted)
@@ -471,15 +483,15 @@ def test_what_cannot_be_composed(plain, coloured, tmp_path, refusal):
 
 # --- concepts -------------------------------------------------------------------------------------
 
-def test_gradients_of_the_energies(plain, tmp_path):
+def test_gradients_of_the_energies(warm, tmp_path):
     """`concepts` saves dE(x)/dx = sum_y p(y|x) dE(x, y)/dx and, after it, dE(x, y)/dx of each of
     --classes, else of the most likely ones."""
-    model, checkpoint = load_model(plain)
+    model, checkpoint = load_model(warm)
     classes = ['--classes', 'stand', 'lie', 'lean']
-    maps = run(plain, tmp_path, '--images', 2, *classes, mode='concepts')
+    maps = run(warm, tmp_path, '--images', 2, *classes, mode='concepts')
     maps = maps.reshape(2, 4, 16, 16)
     x, _ = generate.given_images(checkpoint, parse('--mode', 'concepts', '--images', 2))
-    p = model.get_logits(x).softmax(1)  # (2, 3)
+    p = (model.get_logits(x) / .5).softmax(1)  # (2, 3)
     x.requires_grad_(True)
     for y in range(3):
         gradient, = torch.autograd.grad(model.energy(x, y).sum(), x)  # (2, 1, 16, 16)
@@ -487,7 +499,7 @@ def test_gradients_of_the_energies(plain, tmp_path):
     assert abs(maps[:, 0]).max() > 0
     mean = (p.view(2, 3, 1, 1).numpy() * maps[:, 1:]).sum(1)  # (2, 3, 16, 16) -> (2, 16, 16)
     np.testing.assert_allclose(maps[:, 0], mean, rtol=1e-4, atol=1e-9)
-    likely = run(plain, tmp_path, '--images', 2, mode='concepts').reshape(2, 4, 16, 16)
+    likely = run(warm, tmp_path, '--images', 2, mode='concepts').reshape(2, 4, 16, 16)
     for i, y in enumerate(p.argmax(1).tolist()):
         np.testing.assert_allclose(likely[i, 1], maps[i, 1 + y], rtol=1e-4, atol=1e-9)
 

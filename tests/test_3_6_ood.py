@@ -16,7 +16,8 @@ from sampler import sgld
 
 
 class Linear:
-    """f(x)[y] = w_y . x and, independent of it, E(x) = |x|^2 / 2: all derivatives are known."""
+    """f(x)[y] = w_y . x and, independent of it, energy(x) = |x|^2 / 2: all derivatives are known.
+    The energy of its logits is that of T = .5."""
 
     def __init__(self, weights):
         self.weights = weights  # (K, C * H * W)
@@ -26,6 +27,9 @@ class Linear:
 
     def energy(self, x):
         return x.square().sum(dim=(1, 2, 3)) / 2  # (B,)
+
+    def energy_of_logits(self, logits):
+        return -.5 * (logits / .5).logsumexp(1)  # (B, K) -> (B,)
 
 
 class Bowl(Linear):
@@ -38,30 +42,33 @@ class Bowl(Linear):
 # --- scores ---------------------------------------------------------------------------------------
 
 def test_scores_by_hand():
-    """p = (.7, .2, .1) against a uniform p: the energy is that of the logits, more doubt is a
-    higher score, and a plain EBM (K = 1) has no p(y|x) to score."""
+    """p = (.7, .2, .1) against a uniform p: the energy is as given, more doubt is a higher score,
+    and a plain EBM (K = 1) has no p(y|x) to score."""
     p = torch.tensor([.7, .2, .1], dtype=torch.float64)
     logits = torch.stack([p.log() + 5, torch.full((3,), 1 / 3).double().log() + 2])
     gradient = torch.tensor([3., 4., 0., 0.]).view(1, 1, 2, 2).repeat(2, 1, 1, 1)
-    scores = ood.all_scores(logits, gradient)
-    assert scores['energy'] == pytest.approx([-5, -2])
+    energy = torch.tensor([-4., 7.])
+    scores = ood.all_scores(logits, energy, gradient)
+    assert scores['energy'] == pytest.approx([-4, 7])
     assert scores['max_prob'] == pytest.approx([.3, 2 / 3])
     assert scores['entropy'] == pytest.approx([-(p * p.log()).sum().item(), np.log(3)])
     assert scores['max_logit'] == pytest.approx([-5 - np.log(.7), -2 + np.log(3)])
     assert scores['grad_norm'] == pytest.approx([5, 5])
-    assert list(ood.all_scores(logits[:, :1], gradient)) == ['energy', 'grad_norm']
+    assert list(ood.all_scores(logits[:, :1], energy, gradient)) == ['energy', 'grad_norm']
 
 
 def test_confident_answers_are_no_ties():
     """1 - max p of whole batches is right for a doubt of e^-30, where float32 gives 0;
-    and dE/dx = -sum_y p(y|x) w_y, in the order of the images."""
+    E(x) is that of the model's own T, and dE/dx = -sum_y p(y|x) w_y for this T, in the order of
+    the images."""
     images = torch.tensor([255, 128]).repeat(200).to(torch.uint8).view(400, 1, 1, 1)
     weights = torch.tensor([[30.], [0.]])
-    logits, gradient = ood.evaluate(Linear(weights), images, 'cpu')
-    high, half = ood.all_scores(logits, gradient)['max_prob'][:2]
+    logits, energy, gradient = ood.evaluate(Linear(weights), images, 'cpu')
+    high, half = ood.all_scores(logits, energy, gradient)['max_prob'][:2]
     assert high == pytest.approx(np.exp(-30), rel=1e-2, abs=0) and half > high
     assert torch.allclose(logits[:, :1], 30 * to_float(images).flatten(1).double())
-    p = logits.softmax(1)[:, 0]  # (N,)
+    assert torch.equal(energy, Linear(weights).energy_of_logits(logits))
+    p = (logits / .5).softmax(1)[:, 0]  # (N,)
     assert torch.allclose(gradient.flatten(), (-30 * p).float())
 
 
@@ -279,8 +286,8 @@ def test_a_new_score_needs_one_line(trained, tmp_path, capsys, monkeypatch):
     """What `all_scores` adds is in ood.csv and in the table, with no other change."""
     old = ood.all_scores
 
-    def with_another(logits, gradient):
-        return {**old(logits, gradient), 'second': logits.sort(1).values[:, -2].numpy()}
+    def with_another(logits, *others):
+        return {**old(logits, *others), 'second': logits.sort(1).values[:, -2].numpy()}
     monkeypatch.setattr(ood, 'all_scores', with_another)
     run(trained / 'best.pt', tmp_path, '--ood', 'noise')
     assert read_rows(tmp_path / 'ood.csv')[-1]['score'] == 'second'
@@ -336,8 +343,7 @@ def test_check(trained, others, glyphs, tmp_path, refused):
     model, _ = load_model(trained / 'best.pt')
     threshold = model.energy(to_float(data.val.images)).sort().values[22]  # 23 of 24 are >= 95 %
     logits = model.get_logits(to_float(prepare(raw, 16)))
-    for row, f in zip(rows, logits):
-        energy = -f.logsumexp(0).item()
+    for row, f, energy in zip(rows, logits, model.energy_of_logits(logits).tolist()):
         assert float(row['energy']) == pytest.approx(energy, rel=1e-4)
         assert row['verdict'] == ('OOD' if energy > threshold else 'in-distribution')
         assert row['class'] == data.class_names[f.argmax()]

@@ -117,7 +117,7 @@ def draw_three_times(record, precision):
     """Chains of three calls (3, B, C, H, W), and the next random number. Labels, starts and, in
     place, the weights change from call to call."""
     torch.manual_seed(0)
-    model, generator = EnergyModel(3, 1, 4, precision), PaperGenerator().manual_seed(1)
+    model, generator = EnergyModel(3, 1, 4, precision=precision), PaperGenerator().manual_seed(1)
 
     def sample(start, y):
         return sgld(partial(model.energy, y=y), start, 3, 50., .02, generator=generator)

@@ -1,9 +1,9 @@
 """What a user can get wrong, through the real command lines.
 
 Every mistake ends with exit status 2 and one line that names the flag or the file, without a
-traceback, a warning or a changed file. In the tables ` ... ` in an answer stands for any words, and
-all commands are given in the same folder, see `desk`. What a script alone can be told wrongly
-stands in the tests of its course task.
+traceback, a warning or a changed file. Only lines that tell what data.py left out may stand before
+it. In the tables ` ... ` in an answer stands for any words, and all commands are given in the same
+folder, see `desk`. What a script alone can be told wrongly stands in the tests of its course task.
 """
 import os
 import re
@@ -45,7 +45,8 @@ def desk(tmp_path, glyphs, trained, monkeypatch):
     for name in 'ab':
         (tmp_path / 'LETTERS' / name).mkdir(parents=True)
         for i in range(10):
-            Image.new('L', (20, 20), 20 * i).save(tmp_path / 'LETTERS' / name / f'{i}.png')
+            pixels = np.random.default_rng(i).integers(0, 256, (20, 20), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'LETTERS' / name / f'{i}.png')
     shutil.copytree(trained, tmp_path / 'run')
     checkpoint = torch.load(trained / 'best.pt', weights_only=True)
     torch.save({**checkpoint, 'class_names': []}, tmp_path / 'ebm.pt')
@@ -72,8 +73,10 @@ def check(command, answer, desk, capsys):
     with warnings.catch_warnings(record=True) as warned, pytest.raises(SystemExit) as stop:
         warnings.simplefilter('always')
         main([*quick, *words])
-    line = re.sub('.*\r', '', capsys.readouterr().err).strip()  # without bars that were wiped
-    assert stop.value.code == 2 and not re.search('[\r\n]|Traceback', line), line
+    said = re.sub('.*\r', '', capsys.readouterr().err).strip()  # without bars that were wiped
+    *notes, line = said.split('\n')
+    assert all('entries left out' in note for note in notes), said
+    assert stop.value.code == 2 and not re.search('\r|Traceback', line), said
     assert re.search('.*'.join(map(re.escape, answer.split(' ... '))), line), line
     assert not warned and snapshot(desk) == before, 'warnings, or files changed'
 
@@ -100,7 +103,7 @@ train --data nowhere --out run --overwrite                     | --data nowhere 
 train --data GLYPHS --out run --overwrite --batch-size 61      | --batch-size
 train --data GLYPHS --out own                                  | own/curves.png ... --overwrite
 train --data GLYPHS --out note.txt/new                         | note.txt/new
-train --data LETTERS --out LETTERS/new/run --batch-size 8      | --out LETTERS/new/run
+train --data LETTERS --out LETTERS/new/run --batch-size 8      | --out ... LETTERS/new/run: lies in
 train --data GLYPHS/val.npy                                    | --data GLYPHS/val.npy
 train --data letterpress --data-root note.txt                  | note.txt ... cannot be written
 train --data FEWER --out run --resume --epochs 3               | --data ... FEWER
@@ -112,12 +115,12 @@ generate --ckpt run/best.pt --mode denoise --start nowhere     | nowhere
 generate --ckpt run/best.pt --mode denoise --start note.txt    | note.txt
 generate --ckpt run/best.pt --mode denoise --start own/denoise.npy --out own | --start own/
 generate --ckpt run/best.pt --mode inpaint --mask Left         | --mask Left ... left
-generate --ckpt run/best.pt --mode inpaint --mask LETTERS/a/0.png | --mask LETTERS/a/0.png
+generate --ckpt run/best.pt --mode inpaint --mask own/curves.png | --mask own/curves.png
 generate --ckpt run/best.pt --data FEWER --mode inpaint        | --data FEWER ... counts
 ood --ckpt run/best.pt --data FEWER                            | --data FEWER ... counts
 ood --ckpt run/best.pt --ood zebras                            | --ood zebras ... ood_ta
 ood --ckpt run/best.pt --ood GLYPHS                            | GLYPHS ... no images
-ood --ckpt run/best.pt --ood LETTERS --out LETTERS             | --out LETTERS
+ood --ckpt run/best.pt --ood LETTERS --out LETTERS             | --out ... LETTERS: lies in LETTERS
 ood --ckpt run/best.pt --check nowhere                         | nowhere
 ood --ckpt run/best.pt --check LETTERS --ood noise             | --check ... --ood
 '''.strip().splitlines()
@@ -159,6 +162,12 @@ def split(folder, *parts):
     (folder.parent / 'inside').rename(folder)
 
 
+def blank(folder):
+    """Give every image of LETTERS a single level."""
+    for path in folder.rglob('*.png'):
+        Image.new('L', (20, 20), 99).save(path)
+
+
 def keep(folder, count):
     """Leave `count` images in a class folder."""
     for path in sorted(folder.iterdir())[count:]:
@@ -166,44 +175,46 @@ def keep(folder, count):
 
 
 VAL = {  # what is done to the file, and what is said of it
-    'missing': (lambda f: f.unlink(), 'No such file'),
-    'text': (lambda f: f.write_text('a picture of an a\n' * 99), 'not readable'),
-    'cut': (cut, 'not readable'),
-    'one array': (lambda f: save(f, IMAGES), 'not readable'),
-    'objects': (lambda f: save(f, IMAGES.astype(object), LABELS), 'pickle'),
-    'complex numbers': (lambda f: save(f, IMAGES + 1j, LABELS), 'real numbers ... complex'),
-    'flat images': (lambda f: save(f, IMAGES.reshape(6, 400), LABELS), 'images ... (6, 400)'),
-    'two channels': (lambda f: save(f, np.stack([IMAGES] * 2, 3), LABELS), 'images ... 20, 2)'),
-    'no images': (lambda f: save(f, IMAGES[:0], LABELS[:0]), 'images ... (0, 20, 20)'),
+    'text': (lambda f: f.write_text('a picture of an a\n' * 99), 'cannot be read ... save images'),
+    'cut': (cut, 'cannot be read ... save images'),
+    'one array': (lambda f: save(f, IMAGES), '(6, 20, 20); save ... labels'),
+    'objects': (lambda f: save(f, IMAGES.astype(object), LABELS), 'pickle ... save images'),
+    'complex numbers': (lambda f: save(f, IMAGES + 1j, LABELS), 'complex ... save'),
+    'flat images': (lambda f: save(f, IMAGES.reshape(6, 400), LABELS), '(6, 400) ... save images'),
+    'two channels': (lambda f: save(f, np.stack([IMAGES] * 2, 3), LABELS), '20, 2) ... save'),
+    'no images': (lambda f: save(f, IMAGES[:0], LABELS[:0]), '(0, 20, 20) ... save'),
     'a NaN': (lambda f: save(f, with_value(np.nan), LABELS), 'finite'),
     'beyond float32': (lambda f: save(f, with_value(1e300), LABELS), 'finite'),
-    'labels: negative': (lambda f: save(f, IMAGES, LABELS - 1), 'labels ... integers from 0'),
-    'labels: fractions': (lambda f: save(f, IMAGES, LABELS / 2), 'labels ... integers ... float64'),
+    'labels: negative': (lambda f: save(f, IMAGES, LABELS - 1), 'label -1; ... 0, 1'),
+    'labels: fractions': (lambda f: save(f, IMAGES, LABELS / 2), 'label 0.5; ... 0, 1'),
     'labels: too few': (lambda f: save(f, IMAGES, LABELS[:5]), 'labels ... (5,)'),
-    'labels: huge': (lambda f: save(f, IMAGES, LABELS + 2 ** 40), 'labels ... fewer classes'),
-    'labels: not in train': (lambda f: save(f, IMAGES, LABELS + 1), 'labels ... train.npy'),
 }
 GLYPHS = {
-    'labels with a gap': (lambda f: relabel(f, LABELS * 2), 'train.npy: ... without a gap'),
+    'no training split': (lambda f: (f / 'train.npy').unlink(),
+                          'GLYPHS/test.npy: ... no training split ... add one'),
+    'labels with a gap': (lambda f: relabel(f, LABELS * 2), 'train ... class 1 ... without a gap'),
+    'labels of val beyond train': (lambda f: save(f / 'val.npy', IMAGES, LABELS + 1),
+                                   'val has labels up to 3, but train has 3 classes; number'),
+    'huge labels': (lambda f: save(f / 'val.npy', IMAGES, LABELS + 2 ** 40), 'val has labels'),
     'a single class': (lambda f: relabel(f, LABELS * 0), 'one class only ... --model ebm'),
-    'OOD images cut': (lambda f: cut(f / 'ood_ta.npy'), 'ood_ta.npy: not readable'),
+    'OOD images cut': (lambda f: cut(f / 'ood_ta.npy'), 'ood_ta.npy: cannot be read'),
     'a name twice': (lambda f: (f / 'classes.txt').write_text('lie\nlie\nlean\n'), 'classes.txt'),
     'names in Latin-1': (lambda f: (f / 'classes.txt').write_bytes(b'st\xe4nd\nlie\nlean\n'),
                          'classes.txt: ... UTF-8'),
 }
 LETTERS = {
     'no class folder': (lambda f: (shutil.rmtree(f), f.mkdir()), 'LETTERS ... class folder'),
-    'no images in a class': (lambda f: keep(f / 'b', 0), 'LETTERS ... b ... images'),
-    'seven in a class': (lambda f: keep(f / 'b', 7), "class 'b' has 7 images"),
-    'a text': (lambda f: (f / 'b/5.png').write_text('no picture'), 'b/5.png: not readable'),
-    'a cut image': (lambda f: cut(f / 'b/5.png'), 'b/5.png: not readable'),
+    'no images in a class': (lambda f: keep(f / 'b', 0), 'LETTERS/b: no images'),
+    'seven in a class': (lambda f: keep(f / 'b', 7), 'class b has 7 ... add some'),
+    'a text': (lambda f: (f / 'b/5.png').write_text('no picture'), 'b/5.png: no readable'),
+    'a cut image': (lambda f: cut(f / 'b/5.png'), 'b/5.png: no readable'),
     'a NaN': (lambda f: Image.fromarray(np.full((9, 9), np.nan, 'f4')).save(f / 'b/x.tif'),
               'b/x.tif: ... finite'),
     'a page too large': (lambda f: (f / 'b/x.pgm').write_bytes(b'P5 99999 99999 255\n'),
                          'b/x.pgm: ... pixels'),
-    'train alone': (lambda f: split(f, 'train'), 'LETTERS/val'),
+    'all of one grey': (lambda f: blank(f), '20 of the 20 train images are blank'),
     'another class in val': (lambda f: (split(f, 'train', 'val', 'test'),
-                                        (f / 'val/b').rename(f / 'val/c')), 'same class folders'),
+                                        (f / 'val/b').rename(f / 'val/c')), 'val/c: a class'),
 }
 DAMAGES = {'GLYPHS/val.npy': VAL, 'GLYPHS': GLYPHS, 'LETTERS': LETTERS}
 
