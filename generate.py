@@ -81,7 +81,7 @@ def start_noise(count, checkpoint, args):
 
 
 def guided(model, y, args):
-    """Energy for `draw`: E(x) if y is None, else E(x) - w log p(y|x) = E(x) + w (E(x, y) - E(x))
+    """Energy for `draw`: E(x) if y is None, else E(x) - w T log p(y|x) = E(x) + w (E(x, y) - E(x))
     for labels y (N,). It is E(x, y) for w = 1; w > 1 asks for clearer members of the class. This is
     classifier guidance (Dhariwal and Nichol 2021) by the model's own p(y|x). Classifier-free
     guidance (Ho and Salimans 2022) is related, but has no explicit classifier."""
@@ -501,7 +501,7 @@ def parse_args(argv=None):
     flag('--steps', type=count, help='default: denoise 24, reconstruct 32, inpaint 48, others 256')
     flag('--step-size', type=positive, help='default: that of the training')
     flag('--noise', type=weight, help='standard deviation in a step; default: see chain_settings')
-    flag('--guidance', type=weight, default=1., help='w of E(x) - w log p(y|x)')
+    flag('--guidance', type=weight, default=1., help='w of E(x) - w T log p(y|x)')
     flag('--gif', action='store_true', help='write the chains as a film, MODE.gif')
     flag = parser.add_argument_group('images and single modes').add_argument
     flag('--images', type=count, help='number of test images; default: 8, in evaluate 500')

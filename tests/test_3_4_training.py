@@ -250,11 +250,19 @@ def test_without_contrast_no_chain_is_drawn(monkeypatch, glyphs, tmp_path):
     monkeypatch.setattr(train, 'sgld', refuse)
     monkeypatch.setattr(train, 'draw_samples', lambda *_: None)  # pictures have chains of their own
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--contrast', '0',
-                '--epochs', '12', '--lr', '.01', '--picture-every', '12'])
+                '--epochs', '20', '--lr', '.02', '--picture-every', '20'])
     first, *_, last = read_log(tmp_path)
     assert last['energy_synth'] == last['loss_px'] == last['loss_reg'] == ''
     for loss in ('loss_pyx', 'loss_matching'):
         assert float(last[loss]) < .9 * float(first[loss])
+
+
+def test_chains_start_after_the_updates_asked_for(glyphs, tmp_path):
+    """--chains-after 3, that is after the first epoch of three updates: its columns are empty."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--chains-after', '3'])
+    first, second = read_log(tmp_path)
+    for column in ('energy_synth', 'loss_px', 'loss_reg'):
+        assert first[column] == '' and math.isfinite(float(second[column]))
 
 
 def test_an_epoch_uses_every_image_once():
