@@ -97,10 +97,10 @@ def parse_args(argv=None):
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
     if not args.px_weight:
         args.contrast = args.matching = 0.
-    if not args.contrast + args.matching + args.pyx_weight:
-        parser.error('--px-weight 0 and --pyx-weight 0 leave nothing to learn; leave one out')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0')
+    if not args.contrast + args.matching + args.pyx_weight * (args.model == 'jem'):
+        parser.error('--px-weight, --contrast, --matching, --pyx-weight: all 0; leave one out')
     if args.data not in NAMES and os.path.isdir(args.data):
         args.data = os.path.realpath(args.data)  # so that ood.py finds it from every folder
     return args

@@ -96,6 +96,10 @@ train --data GLYPHS --batch-size 61                            | --batch-size ..
 train --data GLYPHS --width 99999999999999999999               | --width: 9999 ... 10000000
 train --data GLYPHS --width 2000000 --out run --overwrite      | memory ... --width ... allocate
 train --data GLYPHS --px-weight 0 --pyx-weight 0               | --px-weight ... --pyx-weight
+train --data GLYPHS --contrast 0 --matching 0 --pyx-weight 0   | --contrast, --matching ... out
+train --data GLYPHS --model ebm --contrast 0 --matching 0      | --contrast, --matching ... out
+train --data GLYPHS --contrast -1                              | --contrast: -1
+train --data GLYPHS --chains-after 1.5                         | --chains-after ... '1.5'
 train --data GLYPHS --model ebm --conditional                  | --model ebm ... --conditional
 train --data GLYPHS --model ebm --px-weight 0                  | --model ebm ... --px-weight 0
 train --data GLYPHS --out run --resume --overwrite             | --overwrite ... --resume
