@@ -179,8 +179,8 @@ def keep(folder, count):
 
 
 VAL = {  # what is done to the file, and what is said of it
-    'text': (lambda f: f.write_text('a picture of an a\n' * 99), 'cannot be read ... save images'),
-    'cut': (cut, 'cannot be read ... save images'),
+    'text': (lambda f: f.write_text('a picture of an a\n' * 99), 'not readable ... save images'),
+    'cut': (cut, 'not readable ... save images'),
     'one array': (lambda f: save(f, IMAGES), '(6, 20, 20); save ... labels'),
     'objects': (lambda f: save(f, IMAGES.astype(object), LABELS), 'pickle ... save images'),
     'complex numbers': (lambda f: save(f, IMAGES + 1j, LABELS), 'complex ... save'),
@@ -201,7 +201,7 @@ GLYPHS = {
                                    'val has labels up to 3, but train has 3 classes; number'),
     'huge labels': (lambda f: save(f / 'val.npy', IMAGES, LABELS + 2 ** 40), 'val has labels'),
     'a single class': (lambda f: relabel(f, LABELS * 0), 'one class only ... --model ebm'),
-    'OOD images cut': (lambda f: cut(f / 'ood_ta.npy'), 'ood_ta.npy: cannot be read'),
+    'OOD images cut': (lambda f: cut(f / 'ood_ta.npy'), 'ood_ta.npy: not readable ... save images'),
     'a name twice': (lambda f: (f / 'classes.txt').write_text('lie\nlie\nlean\n'), 'classes.txt'),
     'names in Latin-1': (lambda f: (f / 'classes.txt').write_bytes(b'st\xe4nd\nlie\nlean\n'),
                          'classes.txt: ... UTF-8'),
@@ -210,8 +210,8 @@ LETTERS = {
     'no class folder': (lambda f: (shutil.rmtree(f), f.mkdir()), 'LETTERS ... class folder'),
     'no images in a class': (lambda f: keep(f / 'b', 0), 'LETTERS/b: no images'),
     'seven in a class': (lambda f: keep(f / 'b', 7), 'class b has 7 ... add some'),
-    'a text': (lambda f: (f / 'b/5.png').write_text('no picture'), 'b/5.png: no readable'),
-    'a cut image': (lambda f: cut(f / 'b/5.png'), 'b/5.png: no readable'),
+    'a text': (lambda f: (f / 'b/5.png').write_text('no picture'), 'b/5.png: not readable'),
+    'a cut image': (lambda f: cut(f / 'b/5.png'), 'b/5.png: not readable'),
     'a NaN': (lambda f: Image.fromarray(np.full((9, 9), np.nan, 'f4')).save(f / 'b/x.tif'),
               'b/x.tif: ... finite'),
     'a page too large': (lambda f: (f / 'b/x.pgm').write_bytes(b'P5 99999 99999 255\n'),
