@@ -3,12 +3,12 @@
 One network gives K logits f(x)[y], and one law follows from them, p(x, y) = exp(-E(x, y) / T) / Z:
 
     E(x, y) = -f(x)[y]                      joint energy
-    E(x)    = -T logsumexp_y f(x)[y] / T    marginal energy, of p(x) = exp(-E(x) / T) / Z
-    p(y|x)  = softmax_y f(x)[y] / T         classifier: Z cancels
+    E(x)    = -T logsumexp_y(f(x)[y] / T)   marginal energy, of p(x) = exp(-E(x) / T) / Z
+    p(y|x)  = softmax_y(f(x)[y] / T)        classifier: Z cancels
 
 With T = 1 these are eq. 4 to 7 of JEM (Grathwohl et al. 2020, "Your classifier is secretly an
 energy based model and you should treat it like one"). train.py sets T to the temperature of its
-chains. Low energy = likely = in-distribution. With K = 1 the model is a plain EBM without labels.
+chains, or to 1 for a classifier. Low energy = likely = in-distribution. K = 1 is a plain EBM.
 """
 import argparse
 import contextlib
@@ -51,7 +51,7 @@ class EnergyModel(nn.Module):
         return self.head(h.float())  # (B, 4 * width) -> (B, K); bfloat16 is too coarse for energies
 
     def forward(self, x, y=None):
-        """The unnormalised log density f(x) = -E(x), or f(x)[y] = -E(x, y): (B,)."""
+        """-E(x), the unnormalised log density for T = 1, or -E(x, y) = f(x)[y]: (B,)."""
         return -self.energy(x, y)
 
     def energy(self, x, y=None):
@@ -59,8 +59,8 @@ class EnergyModel(nn.Module):
         return self.energy_of_logits(self.get_logits(x), y)
 
     def energy_of_logits(self, logits, y=None):
-        """The definition of the energy and its sign: f(x)[y], (B, K) -> E(x), or E(x, y), (B,).
-        y is an int, one label (1,) or B labels (B,); anything else is a ValueError."""
+        """f(x)[y] (B, K) -> E(x) or E(x, y) (B,): the only place that knows the sign of the energy.
+        y is an int, one label (1,) or B labels (B,), else a ValueError (on a GPU a CUDA error)."""
         if y is None:
             return -self.temperature * (logits / self.temperature).logsumexp(1)  # (B, K) -> (B,)
         y, last = torch.as_tensor(y, device=logits.device), logits.shape[1] - 1
@@ -71,8 +71,8 @@ class EnergyModel(nn.Module):
 
 
 def swish_cnn(channels, width):
-    """Five convolutions and an average pool: (B, C, H, W) -> (B, 4 * width). Swish is smooth, as
-    SGLD follows dE/dx. Without batch normalisation no energy depends on other images of a batch."""
+    """Five convolutions and an average pool: (B, C, H, W) -> (B, 4 * width); shapes for width 32.
+    Swish makes dE/dx smooth. Without batch normalisation no energy depends on other images."""
     return nn.Sequential(                                                     # (B, C, 56, 56)
         FirstConv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),      # (B, 32, 30, 30)
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU(),       # (B, 64, 15, 15)
@@ -83,8 +83,8 @@ def swish_cnn(channels, width):
 
 
 class FirstConv2d(nn.Conv2d):
-    """A 5x5 convolution with stride 2 and padding 4, computed as a 3x3 one of 2x2 pixel blocks. The
-    sums are the same, but a CPU needs half the time for dE/dx, once in every SGLD step."""
+    """A 5x5 convolution with stride 2 and padding 4, and no other one, computed as a 3x3 one of 2x2
+    pixel blocks. The sums are the same, but dE/dx takes a CPU half the time."""
 
     def forward(self, x):
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # (B, C, H, W) with even H and W
@@ -107,7 +107,7 @@ def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
     checkpoint = {'network': str(model), 'settings': model.settings, 'weights': model.state_dict(),
                   'class_names': data['class_names'] if model.settings['num_classes'] > 1 else [],
                   'args': args, 'data': data, 'sampler': sampler, 'epoch': epoch, 'run': run}
-    buffer = io.BytesIO()  # writing to a full disk is an OSError, torch.save a RuntimeError there
+    buffer = io.BytesIO()  # so that a full disk is an OSError; torch.save raises a RuntimeError
     torch.save(checkpoint, buffer)
     file.write(buffer.getbuffer())
 
@@ -119,7 +119,7 @@ def load_model(path, device='cpu', precision='fp32'):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         model = EnergyModel(**checkpoint['settings'], precision=precision)
-        _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # or KeyError
+        _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # needed
         if str(model) != checkpoint['network']:
             reason = 'trained with another network than model.py builds now'
             raise ValueError(reason)
@@ -132,7 +132,7 @@ def load_model(path, device='cpu', precision='fp32'):
 # --- flags, devices and mistakes ----------------------------------------------------------------
 
 def fail(message):
-    """Tell a user's mistake in one line."""
+    """Tell a user's mistake in one line and exit with status 2."""
     print(f'{os.path.basename(sys.argv[0])}: {" ".join(str(message).split())}', file=sys.stderr)
     sys.exit(2)
 

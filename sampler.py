@@ -19,7 +19,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
 
     * `noise=None` is sqrt(2 * step_size). With eta = 2 * step_size this is the lecture's
       x - eta/2 dE/dx + sqrt(eta) xi, whose stationary law tends to exp(-E)/Z as eta -> 0.
-    * With less noise the chains follow, to first order, exp(-E/T)/Z with the `temperature` T.
+    * With other noise it is exp(-E/T)/Z with the temperature T = noise^2 / (2 * step_size).
     * With the clamp the law is confined to the box (projected Langevin dynamics). A clipped
       gradient is in general the gradient of no energy, so the law of such chains is not known.
 
@@ -28,8 +28,8 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
             behind it are left as they are.
         x: start of the chains, float32 (B, C, H, W); not changed.
         steps: K, the number of steps.
-        step_size, noise: see above; noise may also be a sequence of one for each step (of another
-            length it is a ValueError).
+        step_size, noise: see above; noise may also be a sequence, one value for each step (else a
+            ValueError).
         grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip], or None.
         clamp: (low, high) of the pixel values, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).
@@ -82,9 +82,9 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
         sampler: the facts of a training: its flags `steps`, `step_size` (or None), `noise`,
             `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
         kind: 'training', chains as the training moves them;
-            'sampling', chains from noise. If the matching term leads back from everywhere, they
-            start hot and cool down (simulated annealing, Kirkpatrick et al. 1983): hot chains
-            choose among the modes, cold ones fall into the nearest;
+            'sampling', chains from noise. With a matching term they are annealed (Kirkpatrick et
+            al. 1983): the noise falls as 4 (1 - k/K)^2, so that hot chains forget their start and
+            choose among the modes, and cold ones fall into the nearest;
             'descent', no noise: the chain is a function of its start.
         steps, step_size, noise: replace the decided values; 'descent' never has noise.
     """
@@ -94,7 +94,7 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
         steps = sampler['steps']
     if step_size is None:
         step_size = sampler['step_size']
-    if step_size is None:  # where E rises by `slope` for each unit of distance, a step moves by .1
+    if step_size is None:  # E rises by `slope` for each unit of rms distance: a step moves by .1
         step_size = .1 * sampler['pixels'] / sampler['slope']
     if kind == 'descent':
         noise = 0.
@@ -133,8 +133,8 @@ def prior(kind, shape, generator=None, device='cpu'):
 
 
 def grainy(shape, generator=None, device='cpu'):
-    """Noise of every grain, from clouds to single pixels, and of every contrast, from pale grey to
-    black and white."""
+    """Noise of every grain, from clouds to single pixels, and of many contrasts, up to black and
+    white."""
     batch, channels, height, width = shape
     x = torch.zeros(shape, dtype=torch.float32, device=device)
     grains = [2 ** i for i in range(height.bit_length()) if 2 ** i < height] + [height]
@@ -143,8 +143,8 @@ def grainy(shape, generator=None, device='cpu'):
         octave = randn((batch, channels, n, n), generator, device)
         x += share * F.interpolate(octave, (height, width), mode='bilinear')  # (B, C, H, W)
     deviation = x.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
-    contrast = 3.2 * torch.rand(batch, 1, 1, 1, generator=generator, device=device) - .7
-    return (contrast.exp() * x / deviation).clamp(-1, 1).float()  # deviations of .5 to 12, clamped
+    log_scale = 3.2 * torch.rand(batch, 1, 1, 1, generator=generator, device=device) - .7
+    return (log_scale.exp() * x / deviation).clamp(-1, 1).float()  # deviations of .5 to 12, clamped
 
 
 class Reservoir:
@@ -205,7 +205,7 @@ def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kin
 
     reservoir: the number of slots is proportional to the frequency of the class, so that all chains
         are revisited equally often; at least 16, because a batch seldom has more of a rare class.
-    persistent: a batch of chains that never start afresh. noise: chains that always start afresh.
+    persistent: a batch of chains a ring, never afresh. noise: always afresh. data: starts unused.
     """
     share = labels.bincount() / len(labels)  # (R,)
     lengths = (share * slots).ceil().long().clamp_min(min(16, batch_size)).tolist()
@@ -247,7 +247,7 @@ class CudaGraph:
         graph = torch.cuda.CUDAGraph()
         gc.collect()  # freeing another graph during the recording would spoil it
         try:
-            if torch.__version__ < '2.14':  # newer versions find the generator themselves
+            if torch.__version__ < '2.14':  # compared as a version; newer ones find it themselves
                 graph.register_generator_state(self.generator)
             # A recording that fails does not restore the stream by itself.
             with torch.cuda.stream(main), torch.cuda.graph(graph):

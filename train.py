@@ -6,8 +6,8 @@
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
 Writes best.pt, last.pt, log.csv, updates.csv (a row every ten updates), curves.png and samples/
-into --out. best.pt is the epoch with the best score: the mean of val_auprc (macro AUPRC of p(y|x))
-and val_auroc (E(x) against uniform noise and mixtures of two images), or the one that there is.
+into --out. best.pt is the epoch with the best score: the mean of val_auprc (macro AUPRC of softmax
+f) and val_auroc (E(x) against noise and mixtures of two images), or the only one of the model.
 """
 import argparse
 import copy
@@ -55,13 +55,13 @@ def parse_args(argv=None):
     flag = parser.add_argument_group('model and losses').add_argument
     flag('--model', choices=['jem', 'ebm'], default='jem', help='with or without the labels')
     flag('--width', type=count, default=32, help='feature maps of the first convolution')
-    flag('--px-weight', type=weight, default=1., help='weight of -log p(x); 0: classifier')
-    flag('--pyx-weight', type=weight, default=3., help='weight of -log p(y|x)')
+    flag('--px-weight', type=weight, default=1., help='weight of p(x) terms; 0: classifier')
+    flag('--pyx-weight', type=weight, default=3., help='weight of the cross-entropy')
     flag('--contrast', type=weight, default=1., help='weight of the energy gap; 0: no chains')
-    flag('--chains-after', type=number(int, 0), default=0, help='updates before chains start')
+    flag('--chains-after', type=number(int, 0), default=0, help='updates without any chains')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term on the energies')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
-    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='of E(x) by that term')
+    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E a unit of distance')
     flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
     flag = parser.add_argument_group('optimisation').add_argument
     flag('--epochs', type=count, default=60, help='passes through the training images')
@@ -91,7 +91,7 @@ def parse_args(argv=None):
             saved.pop(key, None)  # this command's own
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
-        args.resume = checkpoint
+        args.resume = checkpoint  # instead of True
         for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
             parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
@@ -109,9 +109,9 @@ def parse_args(argv=None):
 # --- the losses ---------------------------------------------------------------------------------
 
 def px_step(energy_real, energy_synth):
-    """The energy gap, whose gradient is that of -T log p(x): energies (B,) and (B,) -> scalar.
+    """The energy gap, (B,) and (B,) -> scalar. For x' ~ p its gradient over the weights is
 
-        grad -T log p(x) = grad E(x) - E_{x' ~ p}[grad E(x')],    p(x) = exp(-E(x) / T) / Z
+        grad -T log p(x) = grad E(x) - mean over x' of grad E(x'),    p(x) = exp(-E(x) / T) / Z
     """
     return energy_real.mean() - energy_synth.mean()
 
@@ -123,15 +123,15 @@ def l2_step(energy_real, energy_synth):
 
 def pyx_step(logits, y):
     """The cross-entropy of softmax f(x)[y]: logits (B, K), labels (B,) -> scalar. It is -log p(y|x)
-    for T = 1, and an upper bound of -T log p(y|x) for T < 1, as T logsumexp(a / T) grows with T."""
+    for T = 1, and an upper bound of -T log p(y|x) for T < 1, as T logsumexp(f / T) grows with T."""
     return F.cross_entropy(logits, y)
 
 
 def matching_step(energy, x_real, away, slope):
     """How far dE/dx at x_real + away (B, C, H, W) is from that of a valley around each image, >= 0.
     At a distance r from the image (root mean square over the pixels) the valley has the energy
-    slope * sqrt(r^2 + ROUND^2). This regresses directions, as equilibrium matching does (Wang and
-    Du 2025), and not the score of a density."""
+    slope * sqrt(r^2 + ROUND^2). Far off this regresses directions, as equilibrium matching does
+    (Wang and Du 2025). It is the score of no density."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -140,9 +140,9 @@ def matching_step(energy, x_real, away, slope):
 
 
 def ways_to_noise(x_real, kind, generator):
-    """Displacements (B, C, H, W) for `matching_step`: half of them lead towards the prior, by a
-    share t of the way, and all end in white noise of a standard deviation up to WHITE. Without
-    the white noise, fine grain survives in the samples."""
+    """Displacements (B, C, H, W) for `matching_step`: half of them lead a part of the way to the
+    prior, and white noise of a standard deviation up to WHITE is added to all. Without the white
+    noise, fine grain survives in the samples."""
     t, s = x_real.new_empty(2, len(x_real), 1, 1, 1).uniform_(generator=generator)  # (B, 1, 1, 1)
     z = prior(kind, x_real.shape, generator, x_real.device)  # (B, C, H, W)
     white = randn(x_real.shape, generator, x_real.device)
@@ -152,8 +152,8 @@ def ways_to_noise(x_real, kind, generator):
 # --- the loop -----------------------------------------------------------------------------------
 
 def train(args, data, old_run=()):
-    """Algorithm 1 of JEM (Grathwohl et al. 2020). All that a run changes stands in `state` and
-    `history`, saved after each epoch: resuming gives the same result as never stopping."""
+    """Algorithm 1 of JEM (Grathwohl et al. 2020) with an L2 and a matching term. All that a run
+    changes is in `state` and `history`, saved after each epoch: a resumed run is the same run."""
     device, split, val_split = args.device, data.train.to(args.device), data.val.to(args.device)
     num_classes = len(data.class_names) if args.model == 'jem' else 1
     if args.model == 'ebm':  # one logit, no labels
@@ -176,12 +176,12 @@ def train(args, data, old_run=()):
                                args.reinit, args.prior, generator)
     state = {'model': model, 'averaged': averaged, 'optimizer': optimizer, 'reservoir': reservoir,
              'generator': generator}
-    history = dict(epoch=0, step=0, seconds=0., event='', trips=0, level=0., epochs=[], updates=[])
+    history = dict(epoch=0, step=0, seconds=0., event='', trips=0, drops=0., epochs=[], updates=[])
     facts = {'args': {**vars(args), 'resume': None, 'out': str(args.out), 'device': str(device)},
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
     def energy(x, y):
-        """What chains follow. With y as frequent as in the data, x ~ p(x|y) is x ~ p(x)."""
+        """What chains follow and matching shapes. If y ~ p(y), then x ~ p(x|y) is x ~ p(x)."""
         return model.energy(x, y if args.conditional else None)  # (B, C, H, W), (B,) -> (B,)
 
     def sample(start, y):
@@ -203,7 +203,7 @@ def train(args, data, old_run=()):
             for index in batches(len(split), args, history['epoch']):
                 x_real, y = split.batch(index)  # (B, C, H, W), (B,)
 
-                # -log p(y|x): the classifier
+                # cross-entropy: the classifier
                 logits = model.get_logits(perturb(x_real, args, generator))  # (B, K)
                 energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                 loss_pyx = pyx_step(logits, y)
@@ -215,7 +215,7 @@ def train(args, data, old_run=()):
                     start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
                     x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
                     reservoir.store(slot, x_synth)
-                    # -log p(x): data against samples, and the size of the energies
+                    # -T log p(x): data against samples, and the size of the energies
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
                     terms = {'loss_px': px_step(energy_real, energy_synth),
                              'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
@@ -227,9 +227,9 @@ def train(args, data, old_run=()):
                         partial(energy, y=y), x_real, away, args.slope)
                     loss = loss + args.px_weight * numbers['loss_matching']
 
-                # descent on -log p(x, y) = -log p(x) - log p(y|x), each with its weight
+                # descent on the weighted sum: -log p(x, y) = -log p(x) - log p(y|x)
                 rate = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
-                history['lr'] = args.lr * rate * RETREAT ** history['level']
+                history['lr'] = args.lr * rate * RETREAT ** history['drops']
                 optimizer.param_groups[0]['lr'] = history['lr']
                 optimizer.zero_grad()
                 loss.backward()
@@ -255,13 +255,13 @@ def train(args, data, old_run=()):
             if trouble:
                 go_back(trouble, state, history, args)
                 bar.n = history['step']
-            else:  # a rate that was lowered comes back in four epochs
-                history['level'] = max(0., history['level'] - .25)
+            else:  # each good epoch takes back a quarter of a drop
+                history['drops'] = max(0., history['drops'] - .25)
             save_run(state, history, args, facts)
 
 
 def batches(count, args, epoch):
-    """Shuffled positions (B,), the same after --resume; each rank gets its share of a batch."""
+    """Shuffled positions, (B / ranks,) for each rank, the same after --resume."""
     generator = torch.Generator().manual_seed(1000 * args.seed + epoch)
     order = torch.randperm(count, generator=generator).to(args.device)  # (N,)
     for batch in order.split(args.batch_size)[:count // args.batch_size]:
@@ -277,8 +277,8 @@ def perturb(x, args, generator):
 
 @torch.no_grad()
 def validate(model, split, args):
-    """Level the classes; then accuracy and macro AUPRC of p(y|x), and the AUROC of E(x) against
-    negatives that need no extra data: half-and-half mixtures of two images, and uniform noise."""
+    """Level the classes, in the model's bias; then accuracy and macro AUPRC of softmax f, and AUROC
+    of E(x) against negatives that need no data: mixtures of two images, and uniform noise."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
     x, y = split.batch(torch.arange(len(split), device=args.device))  # (N, C, H, W), (N,)
     generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise every epoch
@@ -286,7 +286,7 @@ def validate(model, split, args):
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
     for k in y.unique().tolist() if args.px_weight else []:
-        # No loss sets the level of a class: give E(x, y) of its images x the median 0.
+        # Losses hardly fix how high a class lies: give E(x, y) of its images the median 0.
         level = logits[:len(y)][y.cpu() == k, k].median()
         logits[:, k] -= level
         model.head.bias[k] -= level
@@ -304,14 +304,14 @@ def validate(model, split, args):
 
 
 def log_epoch(row, trouble, state, history, args, data, facts):
-    """Write the logs and pictures of an epoch, and best.pt if none before has a higher score."""
+    """Count the epoch, write its logs and pictures, and best.pt if none has a higher score."""
     history['epoch'] += 1
     row |= {**{key: history[key] for key in EPOCH}, 'event': trouble or history['event']}
     history['epochs'].append(row)
     history['event'] = ''
     if rank() > 0:
         return
-    best = not trouble and row['score'] == max(row['score'] for row in history['epochs'])
+    best = not trouble and row['score'] == max(old['score'] for old in history['epochs'])
     if best:
         with atomic_write(args.out / 'best.pt') as file:
             save_checkpoint(file, state['averaged'], **facts, epoch=row['epoch'])
@@ -339,7 +339,7 @@ def plot_curves(history, args):
             ax.plot([row['step'] for row in known], [row[name] for row in known], label=name)
         ax.set_xlabel('update')
         ax.legend()
-    axes[0].set_title(f'bound of the gap loss_px: -1 / alpha = -1 / {args.alpha:g}')
+    axes[0].set_title(f'loss_px saturates at -1 / alpha = -1 / {args.alpha:g}')
     save_figure(figure, args.out / 'curves.png')
 
 
@@ -363,23 +363,23 @@ def draw_samples(state, history, args, data, facts):
 # --- safety and start: the guard, saving, resuming ------------------------------------------------
 
 def find_trouble(row, history, args):
-    """Why an epoch has diverged, or ''. A gap that mends itself stays well below its bound."""
+    """Why an epoch has diverged, or ''. The gap saturates at -1/alpha if chains cannot follow."""
     if not all(map(math.isfinite, row.values())):
         return 'a number is not finite'
     gaps = [update.get('loss_px', 0.) for update in history['updates'][-5:]]  # of 50 updates
     lost = args.guard and history['step'] > 5 * WARMUP and abs(np.mean(gaps)) * args.alpha > .95
-    return 'energy gap at its bound 1/alpha (see --no-guard)' if lost else ''
+    return 'energy gap saturated at 1/alpha (see --no-guard)' if lost else ''
 
 
 def go_back(trouble, state, history, args):
     """Go back to the epoch before, which is in last.pt, with a lower rate, or give up."""
-    trips, level = history['trips'] + 1, history['level'] + 1
+    trips, drops = history['trips'] + 1, history['drops'] + 1
     event = f'{trouble} in epoch {history["epoch"]}'
-    if level > MOST_TRIPS or not args.guard:
+    if drops > MOST_TRIPS or not args.guard:
         raise FloatingPointError(f'training diverged: {event}; last.pt holds the epoch before; use '
                                  f'an --lr below {args.lr:g} or more --sgld-steps')
     load_run(load_model(args.out / 'last.pt')[1], state, history, args)
-    history.update(trips=trips, level=level, event=f'{event}: back with a lower rate')
+    history.update(trips=trips, drops=drops, event=f'{event}: back with a lower rate')
 
 
 def save_run(state, history, args, facts):
