@@ -709,7 +709,7 @@ def load_ood(name, data, seed=0, data_root='.data'):
     MADE, the letterpress, the digits, a torchvision test set, or a path for `load_images`.
 
     Sets of MADE take over the least and the greatest value of the test image in the same place,
-    so that contrast tells nothing. Only `constant` has no contrast. Raises DataError.
+    so that the range tells nothing. Only `constant` has no range. Raises DataError.
     """
     channels, size = data.test.images.shape[1:3]
     known = [*data.ood, *MADE, *NAMES]

@@ -9,8 +9,8 @@
                   pixels; denoise; concepts: dE/dx, which pixels raise the energy
     evaluate      let an independent classifier judge the samples; writes evaluate.csv as well
 
-Each mode writes a picture, MODE.png, and its images, MODE.npy, float32 (N, C, H, W), into --out.
-Image i has its own random stream: on the CPU it is the same however many images are drawn.
+Each mode writes a picture, MODE.png, and its images (concepts: its gradients), MODE.npy, float32
+(N, C, H, W), into --out. Image i has its own random stream: sample 7 is the same in every grid.
 """
 import math
 import os
@@ -81,16 +81,15 @@ def start_noise(count, checkpoint, args):
 
 
 def guided(model, y, args):
-    """Energy for `draw`: E(x) if y is None, else E(x) - w T log p(y|x) = E(x) + w (E(x, y) - E(x))
-    for labels y (N,). It is E(x, y) for w = 1; w > 1 asks for clearer members of the class. This is
-    classifier guidance (Dhariwal and Nichol 2021) by the model's own p(y|x). Classifier-free
-    guidance (Ho and Salimans 2022) is related, but has no explicit classifier."""
+    """Energy for `draw`: E(x) if y is None, else E(x, y) - (w - 1) log softmax f(x)[y] for labels
+    y (N,) and w = --guidance, classifier guidance (Dhariwal and Nichol 2021): w > 1 asks for
+    clearer members of the class, w = 0 for an image of any class."""
     def energy(x, i):
         logits = model.get_logits(x)  # (B, K)
-        e = model.energy_of_logits(logits)  # (B,)
         if y is None:
-            return e
-        return e + args.guidance * (model.energy_of_logits(logits, y[i]) - e)  # (B,)
+            return model.energy_of_logits(logits)  # (B,)
+        log_p = logits.log_softmax(1).gather(1, y[i, None]).squeeze(1)  # (B, K) -> (B,)
+        return model.energy_of_logits(logits, y[i]) - (args.guidance - 1) * log_p  # (B,)
     return energy
 
 
@@ -122,12 +121,11 @@ def chain(model, checkpoint, args):
 
 def interpolate(model, checkpoint, args):
     """Samples between two samples: chains without noise from z = sqrt(rho) z1 + sqrt(1 - rho) z2,
-    which is N(0, 0.01) for every rho (Nijkamp et al. 2019, "Learning non-convergent non-persistent
-    short-run MCMC toward energy-based model", who write rho^2 for our rho)."""
+    which is N(0, 0.01) for every rho (Nijkamp et al. 2019, whose rho^2 is our rho)."""
     y, _, z = start_samples(2 * args.count, 2, checkpoint, args)
     rho = torch.linspace(1, 0, 9, device=args.device).view(9, 1, 1, 1)
     z = rho.sqrt() * z[0::2, None] + (1 - rho).sqrt() * z[1::2, None]  # (P, 9, C, H, W)
-    energy = guided(model, y, args)  # a row of 9 follows the label of its z1
+    energy = guided(model, y, args)  # all of a row of 9 follow the label of its z1
     x = draw(lambda x, i: energy(x, i // 9 * 2), z.flatten(0, 1), args)[0]  # (P * 9, C, H, W)
     save_grid(x, args.out / 'interpolate.png', 9, 'from one sample (rho = 1) to another (rho = 0)',
               rows=args.classes or (), heads=[f'{r:.3g}' for r in rho.flatten().tolist()])
@@ -501,7 +499,7 @@ def parse_args(argv=None):
     flag('--steps', type=count, help='default: denoise 24, reconstruct 32, inpaint 48, others 256')
     flag('--step-size', type=positive, help='default: that of the training')
     flag('--noise', type=weight, help='standard deviation in a step; default: see chain_settings')
-    flag('--guidance', type=weight, default=1., help='w of E(x) - w T log p(y|x)')
+    flag('--guidance', type=weight, default=1., help='1 is E(x, y); more: clearer members')
     flag('--gif', action='store_true', help='write the chains as a film, MODE.gif')
     flag = parser.add_argument_group('images and single modes').add_argument
     flag('--images', type=count, help='number of test images; default: 8, in evaluate 500')
@@ -526,6 +524,8 @@ def parse_args(argv=None):
     if args.mask not in MASKS and not os.path.isfile(args.mask):
         parser.error(f'--mask {args.mask}: no such image, and none of {", ".join(MASKS)}')
     outputs = [os.path.realpath(args.out / f'{args.mode}.{end}') for end in ('png', 'npy', 'gif')]
+    if args.start and (args.images or args.data):
+        parser.error('--start: all of its images are used; leave out --images and --data')
     if args.start and os.path.realpath(args.start) in outputs:
         parser.error(f'--start {args.start}: would be overwritten; name another --out')
     args.steps = args.steps or MODES[args.mode].steps

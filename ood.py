@@ -70,8 +70,8 @@ def all_scores(logits, energy, gradient):
         log_p = logits.log_softmax(1)  # log p(y|x) for T = 1, (N, K): at small T all are 0 or 1
         scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max p, Hendrycks and Gimpel 2017
         scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # H[p(y|x)]
-        scores['max_logit'] = -logits.amax(1)  # min_y E(x, y)
-    # JEM's approximate mass (5.3), negated; no evidence if the matching term made E flat at data.
+        scores['max_logit'] = -logits.amax(1)  # min_y E(x, y), which is E(x) for T -> 0
+    # JEM's approximate mass (5.3), negated. The matching term trains it to be small at the data.
     scores['grad_norm'] = gradient.flatten(1).norm(dim=1).double()  # ||dE/dx||_2
     return {name: score.numpy() for name, score in scores.items()}
 

@@ -356,7 +356,7 @@ def draw_samples(state, history, args, data, facts):
     stored = reservoir.chains[reservoir.first[ring, None] + place]  # (R, 8) -> (R, 8, C, H, W)
     x = torch.cat([fresh.unflatten(0, stored.shape[:2]), stored], dim=1)  # (R, 16, C, H, W)
     save_grid(x.flatten(0, 1), args.out / 'samples' / f'epoch_{history["epoch"]:03d}.png', 16,
-              f'epoch {history["epoch"]}: 256 steps from noise; on the right the reservoir',
+              f'epoch {history["epoch"]}: 256 steps from noise; on the right stored chains',
               rows=data.class_names[:len(rows)] if args.conditional else ())
 
 
@@ -418,7 +418,7 @@ def check(args, data):
     if args.model == 'jem' and len(data.class_names) < 2:
         fail(f'--data {args.data} has one class only, and a JEM needs two; use --model ebm')
     check_apart(args.out, args.data)
-    if args.epochs * len(data.train) < 500 * args.batch_size and rank() == 0:
+    if args.epochs * len(data.train) < 500 * args.batch_size and not args.resume and rank() == 0:
         print('fewer than 500 updates are few to learn from; raise --epochs or lower --batch-size')
     names = ['last.pt', 'best.pt', 'log.csv', 'updates.csv', 'curves.png', 'samples/epoch_*.png']
     there = [path for name in names for path in args.out.glob(name)]

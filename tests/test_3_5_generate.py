@@ -191,14 +191,17 @@ def test_class_names_that_are_numbers(refused):
 
 
 def test_guidance(warm):
-    """w = 1 is E(x, y), w = 0 is E(x), and any w is E(x) - w T log p(y|x); i looks the labels up.
-    """
-    model, t = load_model(warm)[0], .5
+    """Any w is E(x, y) - (w - 1) log softmax f(x)[y], so w = 1 is E(x, y) and w = 0 does not depend
+    on y; i looks the labels up."""
+    model = load_model(warm)[0]
     x, y, i = torch.rand(5, 1, 16, 16), torch.tensor([2, 1, 0]), torch.tensor([2, 1, 0, 2, 2])
-    log_p = (model.get_logits(x) / t).log_softmax(1)[torch.arange(5), y[i]]  # (B, K) -> (B,)
+    log_p = model.get_logits(x).log_softmax(1)[torch.arange(5), y[i]]  # (B, K) -> (B,)
     for w in (0., 1., 3.5):
         energy = generate.guided(model, y, parse('--guidance', w))(x, i)
-        torch.testing.assert_close(energy, model.energy(x) - w * t * log_p, rtol=1e-5, atol=1e-6)
+        wanted = model.energy(x, y[i]) - (w - 1) * log_p  # (B,)
+        torch.testing.assert_close(energy, wanted, rtol=1e-5, atol=1e-6)
+    free = generate.guided(model, y, parse('--guidance', 0))(x, i)
+    torch.testing.assert_close(free, -model.get_logits(x).logsumexp(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(generate.guided(model, y, parse())(x, i), model.energy(x, y[i]))
     torch.testing.assert_close(generate.guided(model, None, parse())(x, i), model.energy(x))
 
@@ -459,9 +462,11 @@ def test_experts_share_their_noise(plain, tmp_path):
     checkpoint['weights']['head.weight'].mul_(-3)
     torch.save(checkpoint, other)
     rows = run(plain, tmp_path, '--ckpt2', other, '--count', 3, mode='compose')
-    marginal = ['--classes', 'lie', '--guidance', 0, '--count', 3]  # that is E(x)
-    assert np.array_equal(rows[:3], run(plain, tmp_path, *marginal))
-    assert np.array_equal(rows[3:6], run(other, tmp_path, *marginal))
+    for path, part in ((plain, rows[:3]), (other, rows[3:6])):
+        checkpoint = load_model(path)[1]
+        checkpoint['args']['conditional'] = False  # its samples follow E(x)
+        torch.save(checkpoint, tmp_path / 'marginal.pt')
+        assert np.array_equal(part, run(tmp_path / 'marginal.pt', tmp_path, '--count', 1)[:3])
 
 
 def test_first_two_classes_are_composed_by_default(plain, tmp_path):
