@@ -263,8 +263,8 @@ PGD_STEPS, EOT_DRAWS, DEFENCE_STEPS, DISTAL_STEPS = 20, 4, 5, 500
 
 
 def fit_temperature(logits, labels):
-    """The T of softmax(f / T) with the least cross-entropy (Guo et al. 2017), from .01 to 100, on
-    validation logits (N, K), labels (N,). With no validation errors the best temperature is 0."""
+    """The t of softmax(f / t) with the least cross-entropy (Guo et al. 2017), from .01 to 100, on
+    validation logits (N, K), labels (N,). With no validation errors the best one is 0."""
     return min(np.geomspace(.01, 100, 401), key=lambda t: F.cross_entropy(logits / t, labels))
 
 
@@ -282,15 +282,16 @@ def reliability(logits, labels, bins=15):
 
 
 def calibrate(models, data, args):
-    """ECE before and after temperature scaling, calibration.png; returns rows of trust.csv."""
+    """ECE of softmax(f / t) at t = 1, at the law's T, and at the t fitted: rows of trust.csv."""
     rows = []
     with panels(list(models), args.out / 'calibration.png', 'confidence', 'accuracy') as axes:
         for ax, (name, model) in zip(axes, models.items()):
             logits_val, _, _ = evaluate(model, data.val.images, args.device)  # (N, K)
             logits, _, _ = evaluate(model, data.test.images, args.device)  # (N, K)
-            for t in (1., fit_temperature(logits_val, data.val.labels)):
+            fitted = fit_temperature(logits_val, data.val.labels)
+            for t in sorted({1., model.temperature, fitted}):
                 ece, confidence, accuracy = reliability(logits / t, data.test.labels)
-                ax.plot(confidence, accuracy, marker='o', label=f'T = {t:.2f}: ECE {ece:.4f}')
+                ax.plot(confidence, accuracy, marker='o', label=f'T = {t:.2g}: ECE {ece:.4f}')
                 rows.append({'model': name, 'measure': 'ece', 'temperature': t, 'value': ece,
                              'n': len(logits)})
             ax.plot([0, 1], [0, 1], color='grey', linestyle=':')
@@ -309,10 +310,9 @@ def defend(energy, x, one_step, generator):
 
 def attack_gradient(model, x, y, defence, generator):
     """The gradient, (B, C, H, W), of the margin max_{c != y} f(x)[c] - f(x)[y] (Carlini and Wagner
-    2017) for x (B, C, H, W) and labels y (B,). The gradient of the cross-entropy is 0 in float32
-    once a classifier is confident, which would look like robustness. A `defence` (or None) draws
-    noise, so this is the mean over EOT_DRAWS runs of it, each through all steps of SGLD
-    (expectation over transformation, Athalye et al. 2018)."""
+    2017) for x (B, C, H, W) and labels y (B,). Where a classifier is sure, the cross-entropy would
+    have the gradient 0. A `defence` (or None) draws noise, so this is the mean over EOT_DRAWS runs
+    through all its SGLD steps (expectation over transformation, Athalye et al. 2018)."""
     x = x.detach().requires_grad_()
     gradients = []
     for _ in range(EOT_DRAWS if defence else 1):
@@ -325,8 +325,8 @@ def attack_gradient(model, x, y, defence, generator):
 
 
 def pgd(model, x, y, norm, radius, defence, generator):
-    """Projected gradient descent (Madry et al. 2018) in the ball of `radius` (in [-1, 1]) around x,
-    from a random point: images (B, C, H, W) in [-1, 1]."""
+    """Projected gradient descent (Madry et al. 2018) in the ball of `radius` (in [-1, 1]) around x:
+    images (B, C, H, W). One start, last iterate: accuracies found are upper bounds."""
     def length(delta):
         return delta.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)  # (B, 1, 1, 1)
 
