@@ -207,7 +207,7 @@ def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kin
         are revisited equally often; at least 16, because a batch seldom has more of a rare class.
     persistent: a batch of chains a ring, never afresh. noise: always afresh. data: starts unused.
     """
-    share = labels.bincount() / len(labels)  # (R,)
+    share = labels.cpu().bincount() / len(labels)  # (R,)
     lengths = (share * slots).ceil().long().clamp_min(min(16, batch_size)).tolist()
     if init != 'reservoir':
         lengths, reinit = [batch_size] * len(share), float(init == 'noise')

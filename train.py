@@ -26,7 +26,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_figure, save_grid,
-                  write_csv)
+                  to_float, write_csv)
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
                    rank, ranks, save_checkpoint, user_mistakes)
 from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld, temperature
@@ -280,17 +280,17 @@ def validate(model, split, args):
     """Level the classes, in the model's bias; then accuracy and macro AUPRC of softmax f, and AUROC
     of E(x) against negatives that need no data: mixtures of two images, and uniform noise."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
-    x, y = split.batch(torch.arange(len(split), device=args.device))  # (N, C, H, W), (N,)
+    x, y = to_float(split.images), split.labels.cpu()  # (N, C, H, W), (N,)
     generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise every epoch
     noise = prior('uniform', x.shape, generator, args.device)  # (N, C, H, W)
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
     for k in y.unique().tolist() if args.px_weight else []:
         # Losses hardly fix how high a class lies: give E(x, y) of its images the median 0.
-        level = logits[:len(y)][y.cpu() == k, k].median()
+        level = logits[:len(y)][y == k, k].median()
         logits[:, k] -= level
         model.head.bias[k] -= level
-    energy, y = model.energy_of_logits(logits), y.cpu().numpy()  # (3N,), (N,)
+    energy, y = model.energy_of_logits(logits), y.numpy()  # (3N,), (N,)
     if not energy.isfinite().all():
         return {'val_auroc': math.nan}
     auroc = float(roc_auc_score(np.repeat([0, 1, 1], len(y)), energy))
