@@ -2,13 +2,7 @@
 
 An image is float32 (B, C, H, W) in [-1, 1] inside the network, and uint8 in memory and on disk:
 `to_float` and `to_uint8` map a batch. Every image that is read, in-distribution or OOD, passes
-through `prepare`, so that no set can be told from another by how it was handled.
-
-    letterpress    42 letters in the manner of an early press, rendered (built in)
-    digits         scikit-learn's 1,797 scanned digits (built in)
-    mnist ...      torchvision's sets, see TORCHVISION; downloaded to --data-root if missing
-    PATH           the course folder GLYPHS (train.npy, val.npy, test.npy, ood_*.npy), or a folder
-                   with a folder of images for each class, as it is or in train, val and test
+through `prepare`, so that no set can be told from another by its range or crop.
 """
 import argparse
 import contextlib
@@ -27,7 +21,8 @@ from tqdm import tqdm
 
 SPLITS = {'train': ['train', 'training'], 'val': ['val', 'valid', 'validation', 'dev'],
           'test': ['test', 'testing']}  # what their files or folders are called, in any case
-TORCHVISION = {  # class, image size, arguments of the training part and of the test part
+SETS = {  # torchvision's class, image size, arguments of the training and of the test part if any
+    'digits': (None, 16, None, None),  # scikit-learn's
     'mnist': ('MNIST', 28, {'train': True}, {'train': False}),
     'fashion-mnist': ('FashionMNIST', 28, {'train': True}, {'train': False}),
     'kmnist': ('KMNIST', 28, {'train': True}, {'train': False}),
@@ -36,9 +31,9 @@ TORCHVISION = {  # class, image size, arguments of the training part and of the 
     'cifar10': ('CIFAR10', 32, {'train': True}, {'train': False}),
     'svhn': ('SVHN', 32, {'split': 'train'}, {'split': 'test'}),
     'omniglot': ('Omniglot', 56, {'background': True}, None)}
-NAMES = ['letterpress', 'digits', *TORCHVISION]
+NAMES = ['letterpress', *SETS]
 sys.stderr = sys.stderr or open(os.devnull, 'w')  # it may be closed, which tqdm does not survive
-FLOAT = torch.float32  # named wherever tensors are made: a notebook may have another default
+ARRAYS, OOD_ARRAYS = ('.npy', '.npz'), 'ood_*.np[yz]'
 
 
 class DataError(ValueError):
@@ -73,10 +68,10 @@ class Data:
 
     def describe(self):
         """What a checkpoint remembers of its data, as plain values."""
-        counts = {part: getattr(self, part).labels.bincount(minlength=len(self.class_names))
-                  for part in SPLITS}  # (K,) each
+        count = len(self.class_names)
         return {'image_shape': list(self.test.images.shape[1:]), 'class_names': self.class_names,
-                'class_counts': {part: count.tolist() for part, count in counts.items()}}
+                'class_counts': {part: getattr(self, part).labels.bincount(minlength=count).tolist()
+                                 for part in SPLITS}}
 
 
 # --- pixels ---------------------------------------------------------------------------------------
@@ -102,9 +97,7 @@ def stretch(x):
 def prepare(images, image_size, channels=None):
     """The course's preprocessing of images (N, 1 or 3, H, W) of any numeric type and range: min-max
     scale each image, resize its shorter side (antialiased), crop the centre. channels=1 makes
-    colour grey (luminance), 3 repeats grey, None keeps what there is.
-
-    Returns uint8 (N, C, image_size, image_size)."""
+    colour grey (luminance), 3 repeats grey, None keeps them. Returns uint8 (N, C, size, size)."""
     from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
     done = []
     for x in torch.as_tensor(images).split(1024):  # bounds the memory that floats take
@@ -122,36 +115,35 @@ def prepare(images, image_size, channels=None):
 # --- data sets ------------------------------------------------------------------------------------
 
 def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
-    """Load a data set by its name or path (see the top of this file).
+    """Load one of NAMES, or a folder: the course's with train.npy, val.npy, test.npy and ood_*.npy,
+    or one that holds a folder of images for each class, as it is or in train, val and test.
 
-    Args:
-        image_size: side of the images; None is 16 for digits, torchvision's own, 56 for the rest.
-        data_root: folder of downloads and of the rendered letterpress.
-        seed: of the random splits and of the letterpress.
-        like: `Data.describe()` of the data that these must be; gives the image size, too.
+    image_size: side of the images; None is 16 for digits, torchvision's own, 56 for the rest.
+    data_root: folder of downloads and of the rendered letterpress.
+    seed: of the random splits and of the letterpress.
+    like: `Data.describe()` of the data that these must be; gives the image size, too.
     """
-    if not 1 <= (56 if image_size is None else image_size) <= 4096:
+    if image_size is not None and not 1 <= image_size <= 4096:
         raise DataError(f'--image-size {image_size}: name a number of pixels from 1 to 4096')
     if not 0 <= seed < 2 ** 32:
         raise DataError(f'--seed {seed}: name a number from 0 to {2 ** 32 - 1}')
-    size, ood = like['image_shape'][-1] if like else image_size, {}
+    size = like['image_shape'][-1] if like else image_size
+    ood = {}
     tell_ambiguous('--data', name, NAMES)
     if name == 'letterpress':
         parts, class_names, ood = load_letterpress(size or 56, data_root, seed)
-    elif name == 'digits':
-        parts, class_names = {'train': load_digits(size or 16)}, list('0123456789')
-    elif name in TORCHVISION:
+    elif name in SETS:
         parts = {}
-        for part in ['train', 'test'] if TORCHVISION[name][3] else ['train']:
-            parts[part], class_names = load_torchvision(name, part, size, data_root)
+        for part in ['train', 'test'] if SETS[name][3] else ['train']:
+            parts[part], class_names = load_set(name, part, size, data_root)
     elif os.path.isdir(name):
         parts, class_names, ood = load_folder(Path(name), size or 56)
     else:
         raise DataError(f'--data {name}: no such folder and no known set; name the folder of the '
                         f'data, or one of {", ".join(NAMES)}')
     check_parts(name, parts, class_names)
-    val_size = .1
-    if 'test' not in parts:  # 70 % for training, 15 % each for validation and test
+    val_size = .1  # of train, if there is a test set
+    if 'test' not in parts:  # 15 % of train for the test, and as many for a missing val
         parts['train'], parts['test'] = split_off(parts['train'], .15, seed)
         val_size = len(parts['test'])
     if 'val' not in parts:
@@ -171,8 +163,7 @@ def check_parts(name, parts, class_names):
         if blank > len(split) / 2:
             raise DataError(f'--data {name}: {blank} of the {len(split)} {part} images are blank, '
                             'of one level throughout; mend or remove them')
-        present = torch.isin(torch.arange(len(class_names)), split.labels)  # (K,)
-        missing = [class_names[label] for label in (~present).nonzero().flatten()]
+        missing = [text for label, text in enumerate(class_names) if label not in split.labels]
         if missing and part == 'train':
             raise DataError(f'--data {name}: no train images of class {missing[0]}, but labels up '
                             f'to {split.labels.max()}; number the classes 0, 1, ... without a gap')
@@ -184,8 +175,7 @@ def check_parts(name, parts, class_names):
     counts, needed = parts['train'].labels.bincount(), 10 if 'test' in parts else 8  # (K,)
     if len(parts) < len(SPLITS) and counts.min() < needed:
         raise DataError(f'--data {name}: class {class_names[counts.argmin()]} has {counts.min()} '
-                        f'of the {needed} train images that a random split needs; add some, or '
-                        'take the class out')
+                        f'of the {needed} train images needed to split them; add some')
 
 
 def split_off(split, size, seed):
@@ -214,41 +204,32 @@ def tell_ambiguous(flag, name, known):
         tell(f'{flag} {name}: takes the set of that name; for the path write ./{name}')
 
 
-def load_digits(image_size, channels=None):
-    """scikit-learn's scanned digits: 1,797 images of 8x8."""
-    from sklearn import datasets  # slow to import
-    digits = datasets.load_digits()
-    images = prepare(digits.images[:, None], image_size, channels)  # (N, 8, 8) -> (N, C, S, S)
-    return Split(images, torch.from_numpy(digits.target).long())
-
-
-def open_torchvision(name, part, data_root, download=False):
-    """torchvision's own object for a part of a set; it downloads only what is missing."""
+def open_set(name, part, data_root, download=False):
+    """Pairs of an image and its label from a part of a set; downloads only what is missing."""
+    if name == 'digits':
+        from sklearn import datasets  # slow to import
+        digits = datasets.load_digits()
+        return list(zip(digits.images, digits.target))
     from torchvision import datasets  # slow to import
-    kind, _, train, test = TORCHVISION[name]
+    kind, _, train, test = SETS[name]
     arguments = test if test and part == 'test' else train
     return getattr(datasets, kind)(data_root, **arguments, download=download)
 
 
-def load_torchvision(name, part, image_size, data_root, channels=None):
-    """A Split and the class names of a torchvision set, downloaded if it is missing."""
+def load_set(name, part, image_size, data_root, channels=None):
+    """A Split and the class names of a set of SETS, downloaded if it is missing."""
     try:
-        source = open_torchvision(name, part, data_root, download=True)
+        source = open_set(name, part, data_root, download=True)
+        images, labels = zip(*((np.asarray(image), label) for image, label in source))
     except Exception as error:  # of many kinds, for damaged files
         raise DataError(f'{name}: missing or damaged under --data-root {data_root}, and cannot be '
                         f'downloaded ({error}); name its folder, or mend it') from error
-    if name == 'omniglot':  # reads one file at a time
-        images, labels = zip(*((np.array(image), label) for image, label in source))
-        images = np.stack(images)  # (N, 105, 105)
-    else:
-        images, labels = source.data, source.labels if name == 'svhn' else source.targets
-    images, labels = channels_first(torch.as_tensor(images)), torch.as_tensor(labels)
-    class_names = [str(label) for label in range(int(labels.max()) + 1)]
-    if hasattr(source, 'classes'):  # MNIST's are '0 - zero', ...
-        class_names = [label.split(' - ')[0].replace(' ', '_') for label in source.classes]
+    images, labels = channels_first(torch.from_numpy(np.stack(images))), torch.tensor(labels)
+    names = getattr(source, 'classes', range(int(labels.max()) + 1))  # MNIST's are '0 - zero', ...
+    class_names = [str(label).split(' - ')[0].replace(' ', '_') for label in names]
     if name == 'emnist-letters':  # these lie on their side and are counted from 1
         images, labels, class_names = images.mT, labels - 1, class_names[1:]
-    images = prepare(images, image_size or TORCHVISION[name][1], channels)  # (N, C, size, size)
+    images = prepare(images, image_size or SETS[name][1], channels)  # (N, C, size, size)
     return Split(images, labels), class_names
 
 
@@ -257,27 +238,26 @@ def load_torchvision(name, part, image_size, data_root, channels=None):
 def load_folder(folder, image_size):
     """Splits, class names and OOD sets of a folder. Its splits are known by their names (SPLITS);
     without any, the folder itself holds the class folders."""
-    entries, found = visible(folder), {}
-    for path in entries:
-        for part, names in SPLITS.items():
-            if path.stem.lower() in names and (path.is_dir() or is_arrays(path)):
-                if part in found:
-                    raise DataError(f'{path}: {found[part].name} is a {part} split, too; keep one')
-                found[part] = path
+    entries = visible(folder)
+    found = {}
+    for part, names in SPLITS.items():
+        paths = [path for path in entries
+                 if path.stem.lower() in names and (path.is_dir() or path.suffix.lower() in ARRAYS)]
+        if len(paths) > 1:
+            raise DataError(f'{paths[1]}: {paths[0].name} is a {part} split, too; keep one')
+        found |= {part: path for path in paths}
     if found and 'train' not in found:
-        raise DataError(f'{next(iter(found.values()))}: there is no training split beside it; add '
-                        'one, or rename this if it is a class')
+        raise DataError(f'{min(found.values())}: there is no training split beside it; add one, or '
+                        'rename this if it is a class')
     if any(path.stem != part for part, path in found.items()):
         tell(', '.join(f'{path} is the {part} split' for part, path in found.items()))
-    ood = [path for path in entries if is_ood(path)]
+    ood = sorted(folder.glob(OOD_ARRAYS))
     if found:
-        used = [*found.values(), *ood, folder / 'classes.txt']
-        others = [path for path in entries if path not in used]
+        others = {*entries} - {*found.values(), *ood, folder / 'classes.txt'}
         tell_left_out(folder, others, 'neither splits nor OOD sets')
     parts, class_names, channels = {}, None, None
-    for part in [part for part in SPLITS if part in found] or ['train']:
-        path = found.get(part, folder)
-        if is_arrays(path):
+    for part, path in (found or {'train': folder}).items():
+        if not path.is_dir():
             images, labels = read_arrays(path, labelled=True)
             images = prepare(images, image_size, channels)  # (N, C, size, size)
             class_names = class_names or read_class_names(folder, labels)
@@ -291,22 +271,13 @@ def load_folder(folder, image_size):
 
 def visible(folder):
     """The entries of a folder without the hidden ones that notebooks and file managers leave."""
-    return [path for path in sorted(folder.iterdir())
-            if path.name[0] != '.' and path.name != '__MACOSX']
+    return [at for at in sorted(folder.iterdir()) if not at.name.startswith(('.', '__MACOSX'))]
 
 
 def tell_left_out(folder, others, why):
     if others:
         tell(f'{folder}: entries left out because they are {why}: {len(others)}, such as '
-             f'{printable(others[0].name)}')
-
-
-def is_arrays(path):
-    return path.suffix.lower() in ('.npy', '.npz')
-
-
-def is_ood(path):
-    return path.stem[:4] == 'ood_' and is_arrays(path)
+             f'{printable(min(others).name)}')
 
 
 def read_arrays(path, labelled=False):
@@ -322,27 +293,22 @@ def read_arrays(path, labelled=False):
                 arrays.append(np.lib.format.read_array(file, allow_pickle=False))
     except Exception as error:  # of many kinds, for damaged files
         raise DataError(f'{path}: not readable ({error}); save {wanted}') from error
-
-    def is_images(array):
-        shaped = array.ndim == 3 or array.ndim == 4 and {*array.shape[1::2]} & {1, 3}
-        return shaped and array.size and array.dtype.kind in 'biuf'
-
-    images = [array for array in arrays if is_images(array)]
-    labels = [array for array in arrays if not is_images(array)]
-    if len(images) != 1 or (labelled and len(labels) != 1):
-        held = ', '.join(f'{array.dtype} {array.shape}' for array in arrays)
-        raise DataError(f'{path}: holds {held or "nothing"}; save {wanted}')
+    arrays.sort(key=np.ndim, reverse=True)  # a .npz file may hold the labels first
+    images, *labels = arrays or [np.empty(0)]
+    is_images = images.ndim == 3 or images.ndim == 4 and {*images.shape[1::2]} & {1, 3}
+    are_numbers = all(array.size and array.dtype.kind in 'biuf' for array in arrays)
+    one_each = [array.size for array in labels] == [*images.shape[:1]]  # also (N, 1)
+    if not is_images or not are_numbers or (labelled or labels) and not one_each:
+        held = ', '.join(f'{array.dtype} {array.shape}' for array in arrays) or 'nothing'
+        raise DataError(f'{path}: needs images{" and labels" * labelled}, but holds {held}; '
+                        f'save {wanted}')
     with np.errstate(all='ignore'):  # what is too large for its new type is told below
-        x = channels_first(torch.from_numpy(images[0].astype(np.float32)))  # (N, C, H, W)
+        x = channels_first(torch.from_numpy(images.astype(np.float32)))  # (N, C, H, W)
         if not (x.max() - x.min()).isfinite():
             raise DataError(f'{path}: not all pixels are finite numbers; mend or remove these')
         if not labelled:
             return x, None
-        given = labels[0]  # (N,) or (N, 1)
-        if given.dtype.kind not in 'biuf' or given.size != len(x):
-            raise DataError(f'{path}: labels are {given.dtype} {given.shape}; save one whole '
-                            f'number for each of the {len(x)} images')
-        labels = given.flatten()  # (N,)
+        labels = labels[0].flatten()  # (N,)
         y = labels.astype(np.int64)  # (N,)
     wrong = labels[(y != labels) | (y < 0)]
     if len(wrong):
@@ -361,15 +327,15 @@ def channels_first(images):
 def read_class_names(folder, labels):
     """The lines of classes.txt, or of glyphs_classes.txt beside a folder GLYPHS, else numbers."""
     count = len(labels.unique())  # `check_parts` refuses gaps
-    for file in (folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'):
-        if file.exists():
-            text = file.read_text('utf-8-sig', errors='replace')
-            names = [line.strip() for line in text.splitlines() if line.strip()]
-            is_utf8 = '\ufffd' not in text and '\0' not in text
-            if not is_utf8 or not len(names) == len(set(names)) == count:
-                raise DataError(f'{file}: write a name for each of the {count} classes in train, '
-                                'one a line, all different, in UTF-8')
-            return names
+    files = folder / 'classes.txt', folder.parent / f'{folder.name.lower()}_classes.txt'
+    for file in filter(Path.exists, files):
+        text = file.read_text('utf-8-sig', errors='replace')
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+        is_utf8 = '\ufffd' not in text and '\0' not in text
+        if not is_utf8 or not len(names) == len(set(names)) == count:
+            raise DataError(f'{file}: write a name for each of the {count} classes in train, one a '
+                            'line, all different, in UTF-8')
+        return names
     return [str(label) for label in range(count)]
 
 
@@ -379,7 +345,7 @@ def read_classes(folder, image_size, channels, class_names):
     class_names = class_names or [printable(path.name) for path in folders]
     if not folders:
         raise DataError(f'{folder}: no class folders here; make one for the images of each class')
-    others = [path for path in visible(folder) if path not in folders and not is_ood(path)]
+    others = {*visible(folder)} - {*folders, *folder.glob(OOD_ARRAYS)}
     tell_left_out(folder, others, 'not class folders')
     images, labels = [], []
     for path in tqdm(folders, f'reading {folder}', unit='class', leave=False):
@@ -397,7 +363,7 @@ def load_images(path, image_size, channels):
     """Images uint8 (N, channels, size, size) and the name of each, from an image file, a folder of
     them at any depth, or a .npy or .npz file. A file with several pages gives several images."""
     path = Path(path)
-    if is_arrays(path):
+    if path.suffix.lower() in ARRAYS:
         images = prepare(read_arrays(path)[0], image_size, channels)
         return images, [f'{printable(path)}[{i}]' for i in range(len(images))]
     images, names = [], []
@@ -412,22 +378,18 @@ def load_images(path, image_size, channels):
 def find_images(folder):
     """The image files in a folder at any depth, in order. What is left out is told."""
     kinds = Image.registered_extensions()
-    folders, seen, files, others = [folder], set(), [], []
-    while folders:
-        at = folders.pop()
-        if at.resolve() in seen:  # links may lead in circles
-            continue
-        seen.add(at.resolve())
-        for path in visible(at):
-            if path.is_dir():
-                folders.append(path)
-            else:
-                readable = kinds.get(path.suffix.lower()) in Image.OPEN
-                (files if readable else others).append(path)
+    folders, seen, files = [folder], set(), []
+    for at in folders:  # grows as folders are found in it
+        if at.resolve() not in seen:  # links may lead in circles
+            seen.add(at.resolve())
+            for path in visible(at):
+                (folders if path.is_dir() else files).append(path)
+    others = {path for path in files if kinds.get(path.suffix.lower()) not in Image.OPEN}
     tell_left_out(folder, others, 'no images that Pillow can read')
+    files = sorted(set(files) - others)
     if not files:
         raise DataError(f'{folder}: no images here; add some, or remove or rename it')
-    return sorted(files)
+    return files
 
 
 def read_pages(path):
@@ -478,7 +440,7 @@ def printable(name):
 
 # --- letterpress, the built-in stand-in -----------------------------------------------------------
 # Letters as an early press might have left them, drawn with matplotlib's typefaces and printed
-# badly on purpose: a rendered stand-in, never real data.
+# badly on purpose: a rendered stand-in, never real data. Its tensors are float32 by any default.
 
 PRESS_VERSION = 1  # rises when the pixels change
 # Prints of each letter, uneven as in any text. Left out are capitals that only enlarge their
@@ -496,7 +458,7 @@ SANS = 'DejaVuSans'  # the face of the OOD set `typeface`: no serifs, strokes of
 WEIGHT = dict(STIXGeneral=5, STIXGeneralBol=1, cmb10=3, DejaVuSerif=3, DejaVuSans=3)  # in pixels
 PRESS_OOD, EXTRAS = ('clutter', 'ligatures', 'symbols', 'typeface'), 2000  # images in each of them
 FRAME = 56
-ACROSS = torch.linspace(-1, 1, FRAME, dtype=FLOAT)  # (56,), columns of the frame, in half frames
+ACROSS = torch.linspace(-1, 1, FRAME, dtype=torch.float32)  # (56,), columns in half frames
 DOWN = ACROSS[:, None]  # (56, 1), its rows
 
 
@@ -506,8 +468,7 @@ def cut_case(texts, faces):
     case = np.zeros((len(texts), len(faces), 2 * FRAME, 2 * FRAME), np.float32)
     for i, j in np.ndindex(case.shape[:2]):
         text, face = list(texts)[i], list(faces)[j]
-        font = Path(get_data_path(), f'fonts/ttf/{face}.ttf')
-        font = ImageFont.truetype(str(font), 160)
+        font = ImageFont.truetype(f'{get_data_path()}/fonts/ttf/{face}.ttf', 160)
         sheet, x = Image.new('L', (640, 320)), 80
         for letter in text if face == 'cmb10' else LIGATURES.get(text, text):
             ImageDraw.Draw(sheet).text((x, 200), letter, font=font, fill=255, anchor='ls',
@@ -515,9 +476,9 @@ def cut_case(texts, faces):
             x += .88 * font.getlength(letter)  # so that pairs touch
         sheet = sheet.crop(sheet.getbbox())
         sheet = sheet.resize((round(.74 * sheet.width), sheet.height))  # early type is narrow
-        sheet = np.array(ImageOps.contain(sheet, (98, 94)))  # (h, w)
-        top, left = FRAME - sheet.shape[0] // 2, FRAME - sheet.shape[1] // 2
-        case[i, j, top:top + sheet.shape[0], left:left + sheet.shape[1]] = sheet
+        sheet = ImageOps.contain(sheet, (98, 94))
+        top, left = FRAME - sheet.height // 2, FRAME - sheet.width // 2
+        case[i, j, top:top + sheet.height, left:left + sheet.width] = sheet
     return blur(torch.from_numpy(case) / 255, 1.)
 
 
@@ -536,19 +497,20 @@ class Press:
 
     def spread(self, n, low, high):
         """A uniform random number for each image, (n, 1, 1, 1)."""
-        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=self.g, dtype=FLOAT)
+        return low + (high - low) * torch.rand(n, 1, 1, 1, generator=self.g, dtype=torch.float32)
 
     def noise(self, n, cells):
         """Smooth noise (n, 1, 56, 56): few cells make stains, many make grain."""
-        rows = torch.eye(cells, dtype=FLOAT)[None, None]  # (1, 1, cells, cells)
+        rows = torch.eye(cells, dtype=torch.float32)[None, None]  # (1, 1, cells, cells)
         rows = F.interpolate(rows, (FRAME, cells), mode='bicubic')  # (1, 1, 56, cells)
-        return rows @ torch.randn(n, 1, cells, cells, generator=self.g, dtype=FLOAT) @ rows.mT
+        dots = torch.randn(n, 1, cells, cells, generator=self.g, dtype=torch.float32)
+        return rows @ dots @ rows.mT
 
     def pick(self, labels):
         """Type of these labels (n,), or n random letters, in random faces: (n, 1, 112, 112)."""
         if isinstance(labels, int):
             labels = torch.randint(len(PRINTS), (labels,), generator=self.g)
-        shares = torch.tensor(list(FACES.values()), dtype=FLOAT)
+        shares = torch.tensor(list(FACES.values()), dtype=torch.float32)
         faces = torch.multinomial(shares, len(labels), replacement=True, generator=self.g)
         return self.case[labels, faces][:, None]
 
@@ -556,7 +518,7 @@ class Press:
         """Type in its frame, scaled, turned, sheared, shifted and worn: (n, 1, 56, 56)."""
         n = len(blocks)
         sx, sy = (self.spread(n, .95, 1.06) / zoom for _ in range(2))
-        angle, shear = (turn * torch.randn(n, 1, 1, 1, generator=self.g, dtype=FLOAT)
+        angle, shear = (turn * torch.randn(n, 1, 1, 1, generator=self.g, dtype=torch.float32)
                         for _ in range(2))
         tx, ty = (self.spread(n, -.03, .03) - d for d in (dx, dy))
         u = sx * ACROSS + (angle + shear) * DOWN + tx + .012 * self.noise(n, 10)
@@ -566,10 +528,9 @@ class Press:
 
     def set_type(self, labels):
         """Letters between two others, of which segmentation left only slivers of the serifs."""
-        def half_width(mask):  # how far the ink reaches to the sides, (n, 1, 1, 1)
-            inked = mask.amax(2, keepdim=True) > .5  # (n, 1, 1, W)
-            across = torch.linspace(-1, 1, mask.shape[3], dtype=FLOAT)  # (W,)
-            return (inked * across.abs()).amax(3, keepdim=True)
+        def half_width(mask):  # how far ink reaches from the middle, (n, 1, 1, 1)
+            away = torch.linspace(-1, 1, mask.shape[3], dtype=torch.float32).abs()  # (W,)
+            return (away * (mask.amax(2, keepdim=True) > .5)).amax(3, keepdim=True)
 
         n = len(labels)
         mask = self.place(self.pick(labels))
@@ -638,9 +599,8 @@ def print_letterpress(seed):
     arrays = {'clutter': clutter, 'ligatures': images[len(labels):]}
     # The labels are still sorted. Dealt out like cards, they give each split its share of a class.
     card = torch.arange(len(labels)) % 20 % 7
-    is_val, is_test = card == 0, card == 3  # 3 of 20 each
-    for part, member in [('train', ~is_val & ~is_test), ('val', is_val), ('test', is_test)]:
-        index = member.nonzero().flatten()
+    for part, cards in [('train', [1, 2, 4, 5, 6]), ('val', [0]), ('test', [3])]:  # 14, 3, 3 of 20
+        index = torch.isin(card, torch.tensor(cards)).nonzero().flatten()
         index = index[torch.randperm(len(index), generator=press.g)]
         arrays |= {part: images[index], f'{part}_labels': labels[index]}
     symbols = torch.randint(len(PRINTS) + len(PAIRS), len(press.case), (EXTRAS,), generator=press.g)
@@ -653,10 +613,9 @@ def print_letterpress(seed):
 def load_letterpress(image_size, data_root, seed):
     """Parts, class names and OOD sets from a cache, which is printed first if it is not good."""
     path = Path(data_root, f'letterpress-{PRESS_VERSION}-seed{seed}.npz')
-    keys = [*SPLITS, *(f'{part}_labels' for part in SPLITS), *PRESS_OOD]
     try:
         with np.load(path, allow_pickle=False) as cache:
-            arrays = {key: torch.from_numpy(cache[key]) for key in keys}
+            arrays = {key: torch.from_numpy(cache[key]) for key in cache}
     except Exception:  # numpy and zipfile raise many kinds of exceptions for damaged files
         with atomic_write(path) as file:  # first: if it cannot be written, nothing is printed
             arrays = print_letterpress(seed)
@@ -672,44 +631,39 @@ def shrink(x):
     """A quarter as large, in the lower right corner as in the tutorial, on each image's median
     grey: the tutorial's black would give away every print on light paper."""
     ground = x.flatten(1).median(1).values.view(-1, 1, 1, 1)  # (N,) -> (N, 1, 1, 1)
-    top, left = x.shape[2] // 2, x.shape[3] // 2
-    small = F.interpolate(x - ground, (x.shape[2] - top, x.shape[3] - left), mode='bilinear',
-                          antialias=True)
-    return F.pad(small, (left, 0, top, 0)) + ground  # (N, C, H, W)
+    small = F.interpolate(x - ground, scale_factor=.5, mode='bilinear', antialias=True)
+    rest = x.shape[3] - small.shape[3]  # images are square
+    return F.pad(small, (rest, 0, rest, 0)) + ground  # (N, C, H, W)
 
 
-MADE = {  # from test images x, float (N, C, H, W) in [-1, 1], and a random generator g;
-    # flipped over both axes, shrunk and noisy are the tutorial's
-    'flipped': lambda x, g: x.flip(2, 3),
+MADE = {  # from test images x, float (N, C, H, W) in [-1, 1], and a random generator g
+    'flipped': lambda x, g: x.flip(2, 3),  # over both axes; this, shrunk and noisy: the tutorial's
     'rotated': lambda x, g: x.rot90(1, (2, 3)),
     'shrunk': lambda x, g: shrink(x),
     'blurred': lambda x, g: blur(x, x.shape[3] / 28),
-    'noisy': lambda x, g: x + .3 * torch.randn(x.shape, generator=g, dtype=FLOAT),
+    'noisy': lambda x, g: x + .3 * torch.empty_like(x).normal_(generator=g),
     'interpolated': lambda x, g: (x + x.roll(1 + len(x) // 3, 0)) / 2,  # of two images, as in JEM
-    'noise': lambda x, g: torch.rand(x.shape, generator=g, dtype=FLOAT),  # uniform
-    'gaussian': lambda x, g: torch.randn(x.shape, generator=g, dtype=FLOAT),
-    'constant': lambda x, g: 2 * torch.rand(len(x), 1, 1, 1, generator=g, dtype=FLOAT).expand(
-        x.shape) - 1}
+    'noise': lambda x, g: torch.empty_like(x).uniform_(generator=g),  # uniform
+    'gaussian': lambda x, g: torch.empty_like(x).normal_(generator=g),
+    'constant': lambda x, g: x.new_empty(len(x), 1, 1, 1).uniform_(-1, 1, generator=g).expand_as(x)}
 
 
 def ood_names(data, name, data_root='.data'):
     """The OOD sets that there are for the data set `name`, without any download."""
-    there = []
-    for other in TORCHVISION:
-        with contextlib.suppress(Exception):  # it is missing or damaged
-            there += [other] if open_torchvision(other, 'test', data_root) else []
     letters = [] if name in NAMES else ['letterpress']  # for glyphs: letters of another press
-    return [*data.ood, *letters, *MADE, *[own for own in ['digits', *there] if own != name]]
+    names = [*data.ood, *letters, *MADE]
+    for other in SETS:
+        with contextlib.suppress(Exception):  # it is missing or damaged
+            open_set(other, 'test', data_root)
+            names.append(other)
+    return [other for other in names if other != name]
 
 
 def load_ood(name, data, seed=0, data_root='.data'):
-    """An OOD set by its name or path, uint8 (N, C, H, W), of the size and channels of `data`.
-
-    It is one of `data.ood` (of a course folder, ood_ta is clutter and ood_tb ligatures), one of
-    MADE, the letterpress, the digits, a torchvision test set, or a path for `load_images`.
+    """An OOD set, uint8 (N, C, H, W), of the size and channels of `data`, by its name or path.
 
     Sets of MADE take over the least and the greatest value of the test image in the same place,
-    so that the range tells nothing. Only `constant` has no range. Raises DataError.
+    so that the range tells nothing. Only `constant` has no range.
     """
     channels, size = data.test.images.shape[1:3]
     known = [*data.ood, *MADE, *NAMES]
@@ -721,12 +675,10 @@ def load_ood(name, data, seed=0, data_root='.data'):
         made = MADE[name](x, torch.Generator().manual_seed(seed))  # (N, C, size, size)
         low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
         return to_uint8(made if name == 'constant' else low + (high - low) * stretch(made))
-    if name == 'digits':
-        return load_digits(size, channels).images
     if name == 'letterpress':
         return prepare(load_letterpress(size, data_root, seed)[0]['test'].images, size, channels)
-    if name in TORCHVISION:
-        return load_torchvision(name, 'test', size, data_root, channels)[0].images
+    if name in SETS:
+        return load_set(name, 'test', size, data_root, channels)[0].images
     if os.path.exists(name):
         return load_images(name, size, channels)[0]
     raise DataError(f'--ood {name}: no such path and no known set; choose from {", ".join(known)}')
@@ -760,9 +712,8 @@ def write_csv(rows, columns, path):
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f'{value:.6g}' if isinstance(value, float) else value
-                         for key, value in row.items()})
+    writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value
+                      for key, value in row.items()} for row in rows)
     with atomic_write(path) as file:
         file.write(text.getvalue().encode())
 
@@ -790,12 +741,12 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
     height, width = x.shape[2:]
     grid = make_grid(to_uint8(x), columns, padding=0, pad_value=255)  # (3, R * height, C' * width)
     letters = zoom * width // 5  # that have room above or below an image
-    with matplotlib.rc_context({'text.parse_math': False}):  # a $ in a class name is no formula
-        size = zoom * grid.shape[2] / 100, zoom * grid.shape[1] / 100  # in inches
-        figure = matplotlib.figure.Figure(size)
+    size = zoom * grid.shape[2] / 100, zoom * grid.shape[1] / 100  # in inches
+    # A $ in a class name is no formula. Matplotlib draws at most 65,535 pixels in a row.
+    with matplotlib.rc_context({'text.parse_math': False, 'savefig.bbox': 'tight'}):
+        figure = matplotlib.figure.Figure(size, dpi=min(100, 6e4 / max(size)))
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
-        axes.imshow(grid.movedim(0, 2).numpy(), aspect='auto',  # (R * height, C' * width, 3)
-                    extent=(0, grid.shape[2], grid.shape[1], 0))
+        axes.imshow(grid.movedim(0, 2).numpy(), aspect='auto')  # (R * height, C' * width, 3)
         axes.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
         axes.set_yticks([height * i + high / 2 for i in range(len(rows))], rows)
         axes.set_xticks([width * i + wide / 2 for i in range(len(heads))],
@@ -804,8 +755,7 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
             axes.text(i % columns * width + wide / 2, i // columns * height + high + 2 / zoom,
                       shortened(text, letters), ha='center', va='top', fontsize=6)
         axes.set_title(title, fontsize=9, loc='left')
-        with atomic_write(path) as file:  # matplotlib draws at most 65,535 pixels in a row
-            figure.savefig(file, bbox_inches='tight', dpi=min(100, 6e4 / max(size)))
+        save_figure(figure, path)
 
 
 # --- command line: python data.py --data NAME|PATH ------------------------------------------------
@@ -813,8 +763,7 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
 def draw_examples(data, path):
     """Ten training images in a row for each of the first hundred classes (course task 3.1)."""
     names = data.class_names[:100]
-    members = [(data.train.labels == label).nonzero().flatten()[:10]
-               for label in range(len(names))]  # (n,) each, n <= 10
+    members = [(data.train.labels == label).nonzero().flatten() for label in range(len(names))]
     index = torch.cat([some[torch.arange(10) % len(some)] for some in members])  # (10 * K,)
     title = f'{len(names)} of {len(data.class_names)} classes, {len(data.train)} training images'
     save_grid(data.train.batch(index)[0], path, 10, title, rows=names)
