@@ -33,7 +33,8 @@ SETS = {  # torchvision's class, image size, arguments of the training and of th
     'omniglot': ('Omniglot', 56, {'background': True}, None)}
 NAMES = ['letterpress', *SETS]
 sys.stderr = sys.stderr or open(os.devnull, 'w')  # it may be closed, which tqdm does not survive
-ARRAYS, OOD_ARRAYS = ('.npy', '.npz'), 'ood_*.np[yz]'
+ARRAYS = ('.npy', '.npz')
+OOD_ARRAYS = 'ood_*.np[yz]'
 
 
 class DataError(ValueError):
@@ -97,7 +98,7 @@ def stretch(x):
 def prepare(images, image_size, channels=None):
     """The course's preprocessing of images (N, 1 or 3, H, W) of any numeric type and range: min-max
     scale each image, resize its shorter side (antialiased), crop the centre. channels=1 makes
-    colour grey (luminance), 3 repeats grey, None keeps them. Returns uint8 (N, C, size, size)."""
+    colour grey (luminance), 3 repeats grey, None keeps all. Returns uint8 (N, C, size, size)."""
     from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
     done = []
     for x in torch.as_tensor(images).split(1024):  # bounds the memory that floats take
@@ -123,6 +124,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     seed: of the random splits and of the letterpress.
     like: `Data.describe()` of the data that these must be; gives the image size, too.
     """
+    from sklearn.model_selection import train_test_split  # slow to import
     if image_size is not None and not 1 <= image_size <= 4096:
         raise DataError(f'--image-size {image_size}: name a number of pixels from 1 to 4096')
     if not 0 <= seed < 2 ** 32:
@@ -142,12 +144,15 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
         raise DataError(f'--data {name}: no such folder and no known set; name the folder of the '
                         f'data, or one of {", ".join(NAMES)}')
     check_parts(name, parts, class_names)
-    val_size = .1  # of train, if there is a test set
-    if 'test' not in parts:  # 15 % of train for the test, and as many for a missing val
-        parts['train'], parts['test'] = split_off(parts['train'], .15, seed)
-        val_size = len(parts['test'])
-    if 'val' not in parts:
-        parts['train'], parts['val'] = split_off(parts['train'], val_size, seed)
+    # What is missing is taken out of train at random, each class in the same shares: 15 % for test
+    # and as many for val, so that 70 % stay; beside a given test, 10 % for val.
+    size = .1 if 'test' in parts else .15
+    for part in [part for part in ('test', 'val') if part not in parts]:
+        train = parts['train']
+        index = train_test_split(np.arange(len(train)), test_size=size, stratify=train.labels,
+                                 random_state=seed)  # positions (n,) and (m,)
+        parts['train'], parts[part] = [Split(train.images[i], train.labels[i]) for i in index]
+        size = len(parts[part])
     data = Data(*(parts[part] for part in SPLITS), class_names, ood)
     for key, value in data.describe().items():
         if like and value != like[key]:
@@ -176,14 +181,6 @@ def check_parts(name, parts, class_names):
     if len(parts) < len(SPLITS) and counts.min() < needed:
         raise DataError(f'--data {name}: class {class_names[counts.argmin()]} has {counts.min()} '
                         f'of the {needed} train images needed to split them; add some')
-
-
-def split_off(split, size, seed):
-    """Two random parts of a split, each class in the same shares; the second has `size`."""
-    from sklearn.model_selection import train_test_split  # slow to import
-    parts = train_test_split(np.arange(len(split)), test_size=size, stratify=split.labels,
-                             random_state=seed)  # positions (n,) and (m,)
-    return [Split(split.images[part], split.labels[part]) for part in parts]
 
 
 def check_apart(out, *inputs):
@@ -222,8 +219,8 @@ def load_set(name, part, image_size, data_root, channels=None):
         source = open_set(name, part, data_root, download=True)
         images, labels = zip(*((np.asarray(image), label) for image, label in source))
     except Exception as error:  # of many kinds, for damaged files
-        raise DataError(f'{name}: missing or damaged under --data-root {data_root}, and cannot be '
-                        f'downloaded ({error}); name its folder, or mend it') from error
+        raise DataError(f'{name}: missing or damaged under --data-root {data_root}, and no '
+                        f'download ({error}); name its folder, or mend it') from error
     images, labels = channels_first(torch.from_numpy(np.stack(images))), torch.tensor(labels)
     names = getattr(source, 'classes', range(int(labels.max()) + 1))  # MNIST's are '0 - zero', ...
     class_names = [str(label).split(' - ')[0].replace(' ', '_') for label in names]
@@ -247,8 +244,7 @@ def load_folder(folder, image_size):
             raise DataError(f'{paths[1]}: {paths[0].name} is a {part} split, too; keep one')
         found |= {part: path for path in paths}
     if found and 'train' not in found:
-        raise DataError(f'{min(found.values())}: there is no training split beside it; add one, or '
-                        'rename this if it is a class')
+        raise DataError(f'{min(found.values())}: no training split here; add one, or rename this')
     if any(path.stem != part for part, path in found.items()):
         tell(', '.join(f'{path} is the {part} split' for part, path in found.items()))
     ood = sorted(folder.glob(OOD_ARRAYS))
@@ -281,9 +277,9 @@ def tell_left_out(folder, others, why):
 
 
 def read_arrays(path, labelled=False):
-    """Images (N, C, H, W), and labels int64 (N,) or None, from a .npy file with one array after the
-    other, or from a .npz file. No file can run code."""
-    wanted = 'images (N, H, W) or (N, H, W, 3)' + ', then labels (N,)' * labelled + ' by np.save'
+    """Images (N, C, H, W) and labels int64 (N,), or (0,) if there are none, from a .npy file with
+    one array after the other, or from a .npz file. No file can run code."""
+    wanted = f'images (N, H, W) or (N, H, W, 3){", then integer labels (N,)" * labelled} by np.save'
     arrays = []
     try:
         with open(path, 'rb') as file:
@@ -297,19 +293,17 @@ def read_arrays(path, labelled=False):
     images, *labels = arrays or [np.empty(0)]
     is_images = images.ndim == 3 or images.ndim == 4 and {*images.shape[1::2]} & {1, 3}
     are_numbers = all(array.size and array.dtype.kind in 'biuf' for array in arrays)
-    one_each = [array.size for array in labels] == [*images.shape[:1]]  # also (N, 1)
+    one_each = [array.size for array in labels] == [*images.shape[:1]]  # (N,) or (N, 1)
     if not is_images or not are_numbers or (labelled or labels) and not one_each:
         held = ', '.join(f'{array.dtype} {array.shape}' for array in arrays) or 'nothing'
         raise DataError(f'{path}: needs images{" and labels" * labelled}, but holds {held}; '
                         f'save {wanted}')
     with np.errstate(all='ignore'):  # what is too large for its new type is told below
         x = channels_first(torch.from_numpy(images.astype(np.float32)))  # (N, C, H, W)
-        if not (x.max() - x.min()).isfinite():
-            raise DataError(f'{path}: not all pixels are finite numbers; mend or remove these')
-        if not labelled:
-            return x, None
-        labels = labels[0].flatten()  # (N,)
-        y = labels.astype(np.int64)  # (N,)
+        labels = np.ravel(labels)  # (N,) or (0,)
+        y = labels.astype(np.int64)
+    if not (x.max() - x.min()).isfinite():
+        raise DataError(f'{path}: not all pixels are finite numbers; mend or remove these')
     wrong = labels[(y != labels) | (y < 0)]
     if len(wrong):
         raise DataError(f'{path}: has a label {wrong[0]}; number the classes 0, 1, ...')
@@ -439,8 +433,8 @@ def printable(name):
 
 
 # --- letterpress, the built-in stand-in -----------------------------------------------------------
-# Letters as an early press might have left them, drawn with matplotlib's typefaces and printed
-# badly on purpose: a rendered stand-in, never real data. Its tensors are float32 by any default.
+# Letters as an early press might have left them, rendered with matplotlib's typefaces and printed
+# badly on purpose, never real data. float32 is named, as a notebook may have another default.
 
 PRESS_VERSION = 1  # rises when the pixels change
 # Prints of each letter, uneven as in any text. Left out are capitals that only enlarge their
@@ -637,11 +631,11 @@ def shrink(x):
 
 
 MADE = {  # from test images x, float (N, C, H, W) in [-1, 1], and a random generator g
-    'flipped': lambda x, g: x.flip(2, 3),  # over both axes; this, shrunk and noisy: the tutorial's
+    'flipped': lambda x, g: x.flip(2, 3),  # over both axes, as in the tutorial
     'rotated': lambda x, g: x.rot90(1, (2, 3)),
     'shrunk': lambda x, g: shrink(x),
     'blurred': lambda x, g: blur(x, x.shape[3] / 28),
-    'noisy': lambda x, g: x + .3 * torch.empty_like(x).normal_(generator=g),
+    'noisy': lambda x, g: x + .3 * torch.empty_like(x).normal_(generator=g),  # as in the tutorial
     'interpolated': lambda x, g: (x + x.roll(1 + len(x) // 3, 0)) / 2,  # of two images, as in JEM
     'noise': lambda x, g: torch.empty_like(x).uniform_(generator=g),  # uniform
     'gaussian': lambda x, g: torch.empty_like(x).normal_(generator=g),
@@ -660,11 +654,8 @@ def ood_names(data, name, data_root='.data'):
 
 
 def load_ood(name, data, seed=0, data_root='.data'):
-    """An OOD set, uint8 (N, C, H, W), of the size and channels of `data`, by its name or path.
-
-    Sets of MADE take over the least and the greatest value of the test image in the same place,
-    so that the range tells nothing. Only `constant` has no range.
-    """
+    """An OOD set, uint8 (N, C, H, W), of the size and channels of `data`, by its name or path. Sets
+    of MADE take over the range of the test image in the same place; only `constant` has none."""
     channels, size = data.test.images.shape[1:3]
     known = [*data.ood, *MADE, *NAMES]
     tell_ambiguous('--ood', name, known)
@@ -688,8 +679,7 @@ def load_ood(name, data, seed=0, data_root='.data'):
 
 @contextlib.contextmanager
 def atomic_write(path):
-    """Open `path` for binary writing: it is replaced as a whole or, on any error, left as it was.
-    Raises OSError if the disk is full or the folder cannot be written."""
+    """Open `path` to write bytes; it is replaced as a whole or, on any error, left as it was."""
     path = Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}')
     try:
@@ -740,7 +730,8 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
     height, width = x.shape[2:]
     grid = make_grid(to_uint8(x), columns, padding=0, pad_value=255)  # (3, R * height, C' * width)
-    letters = zoom * width // 5  # that have room above or below an image
+    heads, captions = [[shortened(text, zoom * width // 5) for text in texts]  # 5 pixels a letter
+                       for texts in (heads, captions)]
     size = zoom * grid.shape[2] / 100, zoom * grid.shape[1] / 100  # in inches
     # A $ in a class name is no formula. Matplotlib draws at most 65,535 pixels in a row.
     with matplotlib.rc_context({'text.parse_math': False, 'savefig.bbox': 'tight'}):
@@ -749,11 +740,10 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
         axes.imshow(grid.movedim(0, 2).numpy(), aspect='auto')  # (R * height, C' * width, 3)
         axes.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
         axes.set_yticks([height * i + high / 2 for i in range(len(rows))], rows)
-        axes.set_xticks([width * i + wide / 2 for i in range(len(heads))],
-                        [shortened(text, letters) for text in heads], fontsize=6)
+        axes.set_xticks([width * i + wide / 2 for i in range(len(heads))], heads, fontsize=6)
         for i, text in enumerate(captions):
             axes.text(i % columns * width + wide / 2, i // columns * height + high + 2 / zoom,
-                      shortened(text, letters), ha='center', va='top', fontsize=6)
+                      text, ha='center', va='top', fontsize=6)
         axes.set_title(title, fontsize=9, loc='left')
         save_figure(figure, path)
 

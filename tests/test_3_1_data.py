@@ -343,7 +343,7 @@ def test_splits_that_are_ambiguous_or_alone(tmp_path):
     with pytest.raises(DataError, match='two/val: dev is a val split, too'):
         load_data(str(tmp_path / 'two'))
     fill(tmp_path / 'alone/test', 8)
-    with pytest.raises(DataError, match='alone/test: there is no training split'):
+    with pytest.raises(DataError, match='alone/test: no training split here; add one, or rename'):
         load_data(str(tmp_path / 'alone'))
 
 
