@@ -792,6 +792,7 @@ def test_grid_is_a_picture_with_all_its_images(size, tmp_path):
     data.save_grid(x, tmp_path / 'g.png', 3, 'title', ['a', 'b'], heads, captions)
     picture = np.asarray(Image.open(tmp_path / 'g.png').convert('L')).astype(int)
     side = size * round(56 / size)
+    assert picture.shape[1] > 3 * (side + 2 * side // size)  # names of rows stand on the left
     for level in to_uint8(levels).tolist():
         rows, columns = np.nonzero(abs(picture - level) <= 1)
         top, left = [int(np.ceil(np.median(at))) - side // 2 for at in (rows, columns)]
