@@ -472,15 +472,15 @@ CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'dat
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
 MODES = {
-    'samples': Mode(samples, 'sampling', 256, None, FROM_NOISE),
+    'samples': Mode(samples, 'sampling', 128, None, FROM_NOISE),
     'chain': Mode(chain, 'training', 256, None, FROM_NOISE),
     'interpolate': Mode(interpolate, 'descent', 256, None, [*CHAIN, 'classes', 'count']),
     'reconstruct': Mode(reconstruct, 'descent', 32, 8, [*FROM_IMAGES, 'iterations']),
     'inpaint': Mode(inpaint, 'training', 48, 8, [*FROM_IMAGES, 'noise', 'count', 'mask']),
     'denoise': Mode(denoise, 'descent', 24, 8, [*FROM_IMAGES, 'strengths', 'data_weight']),
-    'compose': Mode(compose, 'sampling', 256, None, [*FROM_NOISE, 'ckpt2', 'weight']),
+    'compose': Mode(compose, 'sampling', 128, None, [*FROM_NOISE, 'ckpt2', 'weight']),
     'concepts': Mode(concepts, 'descent', None, 8, [*TEST, 'start', 'classes']),
-    'evaluate': Mode(evaluate, 'sampling', 256, 500, [*CHAIN, *TEST, 'noise', 'judge']),
+    'evaluate': Mode(evaluate, 'sampling', 128, 500, [*CHAIN, *TEST, 'noise', 'judge']),
 }
 MASKS = ['left', 'centre', 'random', 'salt-and-pepper']
 
@@ -496,7 +496,7 @@ def parse_args(argv=None):
          'completions in inpaint; rows in chain and interpolate without --classes')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
-    flag('--steps', type=count, help='default: denoise 24, reconstruct 32, inpaint 48, others 256')
+    flag('--steps', type=count, help='default: from 24 to 256, see MODES in generate.py')
     flag('--step-size', type=positive, help='default: that of the training')
     flag('--noise', type=weight, help='standard deviation in a step; default: see chain_settings')
     flag('--guidance', type=weight, default=1., help='1 is E(x, y); more: clearer members')
