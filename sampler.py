@@ -83,7 +83,7 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
             `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
         kind: 'training', chains as the training moves them;
             'sampling', chains from noise. With a matching term they are annealed (Kirkpatrick et
-            al. 1983): the noise falls as 4 (1 - k/K)^3, so that hot chains forget their start and
+            al. 1983): noise step_size / 2 (1 - k/K)^3, so that hot chains forget their start and
             choose among the modes, and cold ones fall into the nearest;
             'descent', no noise: the chain is a function of its start.
         steps, step_size, noise: replace the decided values; 'descent' never has noise.
@@ -99,7 +99,7 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     if kind == 'descent':
         noise = 0.
     elif noise is None and kind == 'sampling' and sampler['matching']:
-        noise = [4 * (1 - k / steps) ** 3 for k in range(steps)]
+        noise = [step_size / 2 * (1 - k / steps) ** 3 for k in range(steps)]
     elif noise is None:
         noise = sampler['noise']
     clip = sampler['grad_clip']

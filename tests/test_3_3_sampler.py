@@ -236,12 +236,12 @@ def test_default_step_moves_pixels_by_a_tenth():
 
 
 def test_chains_from_noise_cool_down():
-    """Simulated annealing, if a matching term has shaped the energy: 4 at first, then less and
-    less, 4 (1 - k / K)^3. Each noise is used once, whatever the number of steps."""
+    """Simulated annealing, if a matching term has shaped the energy: step_size / 2 at first, then
+    less and less, as (1 - k / K)^3. Each noise is used once, whatever the number of steps."""
     for steps in (None, 10):
         noises = chain_settings(FACTS, 'sampling', steps)['noise']
         assert len(noises) == (steps or 60)
-        assert noises == pytest.approx([4 * (1 - k / len(noises)) ** 3 for k in range(len(noises))])
+        assert noises == pytest.approx([3.92 * (1 - k / len(noises)) ** 3 for k in range(len(noises))])
 
 
 def test_descent_has_no_noise():
