@@ -241,7 +241,8 @@ def test_chains_from_noise_cool_down():
     for steps in (None, 10):
         noises = chain_settings(FACTS, 'sampling', steps)['noise']
         assert len(noises) == (steps or 60)
-        assert noises == pytest.approx([3.92 * (1 - k / len(noises)) ** 3 for k in range(len(noises))])
+        wanted = [7.84 / 2 * (1 - k / len(noises)) ** 3 for k in range(len(noises))]
+        assert noises == pytest.approx(wanted)
 
 
 def test_descent_has_no_noise():

@@ -395,7 +395,8 @@ def test_trust(trained, others, tmp_path, monkeypatch):
     rows = rows[len(calibration):]
     temperatures = {name: [float(row['temperature']) for row in calibration if row['model'] == name]
                     for name in ('JEM', 'plain')}
-    assert len(temperatures['JEM']) == 3 and 1. in temperatures['JEM'] and 1. in temperatures['plain']
+    assert len(temperatures['JEM']) == 3
+    assert 1. in temperatures['JEM'] and 1. in temperatures['plain']
     law = load_model(trained / 'best.pt')[0].temperature
     assert min(temperatures['JEM']) == pytest.approx(law, rel=1e-4)
     balls = [('Linf', '0'), ('Linf', '0.1'), ('L2', '0'), ('L2', '1')]
