@@ -124,7 +124,6 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     seed: of the random splits and of the letterpress.
     like: `Data.describe()` of the data that these must be; gives the image size, too.
     """
-    from sklearn.model_selection import train_test_split  # slow to import
     if image_size is not None and not 1 <= image_size <= 4096:
         raise DataError(f'--image-size {image_size}: name a number of pixels from 1 to 4096')
     if not 0 <= seed < 2 ** 32:
@@ -148,6 +147,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     # and as many for val, so that 70 % stay; beside a given test, 10 % for val.
     size = .1 if 'test' in parts else .15
     for part in [part for part in ('test', 'val') if part not in parts]:
+        from sklearn.model_selection import train_test_split  # slow to import
         train = parts['train']
         index = train_test_split(np.arange(len(train)), test_size=size, stratify=train.labels,
                                  random_state=seed)  # positions (n,) and (m,)
@@ -433,8 +433,8 @@ def printable(name):
 
 
 # --- letterpress, the built-in stand-in -----------------------------------------------------------
-# Letters as an early press might have left them, rendered with matplotlib's typefaces and printed
-# badly on purpose, never real data. float32 is named, as a notebook may have another default.
+# These letters are rendered with matplotlib's typefaces and printed badly on purpose, as an early
+# press might have done it; they are no real data. A notebook may have another dtype than float32.
 
 PRESS_VERSION = 1  # rises when the pixels change
 # Prints of each letter, uneven as in any text. Left out are capitals that only enlarge their
@@ -622,7 +622,7 @@ def load_letterpress(image_size, data_root, seed):
 # --- out-of-distribution sets ---------------------------------------------------------------------
 
 def shrink(x):
-    """A quarter as large, in the lower right corner as in the tutorial, on each image's median
+    """Half as wide and high, in the lower right corner as in the tutorial, on each image's median
     grey: the tutorial's black would give away every print on light paper."""
     ground = x.flatten(1).median(1).values.view(-1, 1, 1, 1)  # (N,) -> (N, 1, 1, 1)
     small = F.interpolate(x - ground, scale_factor=.5, mode='bilinear', antialias=True)

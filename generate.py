@@ -19,12 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.transforms.v2.functional import gaussian_blur, to_pil_image
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from data import (DataError, atomic_write, check_apart, load_data, load_images, save_grid, to_float,
-                  to_uint8, write_csv)
+from data import (DataError, atomic_write, blur, check_apart, load_data, load_images, save_grid,
+                  to_float, to_uint8, write_csv)
 from model import CommandLine, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, randn, sgld
 
@@ -64,6 +62,8 @@ def draw(energy, start, args, streams=(), free=None, keep=()):
 
 def save_film(frames, path):
     """A film of a square grid from a list of (N, C, H, W); the last frame is held for 2 s."""
+    from torchvision.transforms.v2.functional import to_pil_image  # slow to import
+    from torchvision.utils import make_grid
     columns = math.ceil(len(frames[0]) ** .5)
     first, *others = [to_pil_image(make_grid(to_uint8(x.cpu()), columns)) for x in frames]
     with atomic_write(path) as file:
@@ -430,8 +430,7 @@ def paired_halves(labels, count, seed):
 def judge_features(judge, x, args):
     """The judge's last features (N, D) of images (N, C, H, W), those of the images after a Gaussian
     blur of 1.5 pixels at a width of 56, in proportion elsewhere, and logits (N, K), on the CPU."""
-    sigma = 1.5 * x.shape[3] / 56
-    soft = gaussian_blur(x, 2 * math.ceil(3 * sigma) + 1, sigma)  # (N, C, H, W)
+    soft = blur(x, 1.5 * x.shape[3] / 56)  # (N, C, H, W)
     sharp, soft = [torch.cat([judge.features(part.to(args.device)) for part in images.split(256)])
                    for images in (x, soft)]  # (N, D) both
     return sharp.cpu().double(), soft.cpu().double(), judge.head(sharp).cpu()  # mps lacks float64
