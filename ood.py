@@ -64,7 +64,7 @@ def evaluate(model, images, device):
 
 def all_scores(logits, energy, gradient):
     """All OOD scores of N images from what `evaluate` gives: {name: (N,)}. For a new score add one
-    line here: table, CSV file and plots follow. With K = 1 there is no p(y|x), no score of it."""
+    line here: table, CSV file and plots follow. With K = 1 there is no p(y|x) to score."""
     scores = {'energy': energy}  # E(x)
     if logits.shape[1] > 1:
         log_p = logits.log_softmax(1)  # log p(y|x) for T = 1, (N, K): at small T all are 0 or 1
