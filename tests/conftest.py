@@ -16,6 +16,18 @@ QUICK = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', 
          '--precision', 'fp32']
 
 
+def pytest_configure(config):
+    for task in range(31, 37):
+        config.addinivalue_line('markers', f'task{task}: tests of course task 3.{task - 30}')
+
+
+def pytest_collection_modifyitems(items):
+    """`pytest -m task33` runs the tests of course task 3.3, those of the file tests/test_3_3_..."""
+    for item in items:
+        if item.path.name.startswith('test_3_'):
+            item.add_marker(f'task{item.path.name[5]}{item.path.name[7]}')
+
+
 @pytest.fixture(autouse=True, scope='session')
 def one_thread():
     torch.set_num_threads(1)  # tiny batches: more threads only get into each other's way
