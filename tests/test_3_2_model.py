@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hints import assert_close
 from torch import nn
 
 from model import (CheckpointError, CommandLine, EnergyModel, FirstConv2d, choose_device,
@@ -39,11 +40,59 @@ def images(count, channels=1, height=20, width=20):
     return 2 * torch.rand(count, channels, height, width, generator=generator) - 1
 
 
-def assert_close(seen, expected, hint, **tolerance):
-    torch.testing.assert_close(seen, expected, msg=lambda text: f'{hint}\n{text}', **tolerance)
-
-
 # --- energies of logits ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize('t', [1., .1, 1e-4])
+def test_marginal_energy_by_hand(t):
+    """Two images of three classes, with logits that T tells apart or not: E(x) is -m - T log sum_y
+    exp((f - m) / T) with the greatest logit m, so that no term overflows."""
+    def soft_maximum(f, t):
+        return max(f) + t * math.log(sum(math.exp((value - max(f)) / t) for value in f))
+
+    logits = [[.3, .3 - 1e-4, -.2], [.5, .4, 0.]]  # (2, 3)
+    wanted = [-soft_maximum(f, t) for f in logits]
+    found = EnergyModel(3, width=4, temperature=t).energy_of_logits(torch.tensor(logits))
+    assert found.shape == (2,), (
+        f'shape {tuple(found.shape)}: one energy an image; the sum goes over the classes, dim=1, '
+        'not over the batch')
+    assert_close(found, wanted, 'E(x) is -T logsumexp_y(f(x)[y] / T)', {
+        'is the sign wrong? What is likely has a low energy': [-e for e in wanted],
+        'is T missing inside of the logsumexp?': [-t * soft_maximum(f, 1.) for f in logits],
+        'is T missing outside of the logsumexp?': [-soft_maximum(f, t) / t for f in logits],
+        'is it the max? That is E(x) for T -> 0 only': [-max(f) for f in logits],
+        'is it the mean of the logits?': [-sum(f) / 3 for f in logits],
+        'is it the sum of the logits, without exp and log?': [-sum(f) for f in logits],
+    }, rtol=0, atol=1e-6)
+
+
+def test_joint_energy_by_hand():
+    """E(x, y) = -f(x)[y], one for each image: that of its own label."""
+    logits = torch.tensor([[3., 5., 7.], [-1., 2., 4.]])  # (2, 3)
+    found = EnergyModel(3, width=4).energy_of_logits(logits, torch.tensor([2, 0]))
+    assert_close(found, [-7., 1.], 'E(x, y) is one energy an image, that of its own label', {
+        'is the sign wrong? A high logit is a low energy': [7., -1.],
+        'are the labels ignored?': -logits.logsumexp(1)})
+
+
+def test_logits_are_not_normalised():
+    """A bias of class 2 raises the logit of class 2 by as much, and no other one. After a softmax,
+    E(x) would be the same for all images, and p(x) would learn nothing."""
+    model, x = make_model(), images(3)
+    before = model.get_logits(x)
+    model.head.bias.data[2] += 3.
+    raised = (model.get_logits(x) - before).detach()
+    assert_close(raised, torch.tensor([0., 0., 3., 0., 0.]).expand(3, K),
+                 'is there a softmax in the logits? They are what the last layer gives', atol=1e-4,
+                 rtol=0)
+
+
+def test_energy_hands_on_the_labels(model):
+    """energy(x, y) is that of the logits of x for y."""
+    x, y = images(3), torch.tensor([0, 4, 2])
+    wanted = model.energy_of_logits(model.get_logits(x), y)
+    assert_close(model.energy(x, y), wanted, 'energy(x, y) must hand on the labels', {
+        'energy(x, y) is E(x): it must hand on the labels': model.energy(x)})
+
 
 @pytest.mark.parametrize('t', [1., .1])
 def test_marginal_energy_sums_the_joint_ones(t):
@@ -54,17 +103,6 @@ def test_marginal_energy_sums_the_joint_ones(t):
     assert marginal.shape == (7,), 'one energy an image: logsumexp goes over the classes, dim=1'
     assert_close((-marginal / t).exp(), (-joint / t).exp().sum(1), 'E(x) is -T logsumexp_y of '
                  '-E(x, y) / T: not sum, mean or max; both energies are minus a logit')
-
-
-@pytest.mark.parametrize('t', [1., .1, 1e-4])
-def test_marginal_energy_by_hand(t):
-    """Each image has two logits that T tells apart or not: E(x) = -m - T log sum_y exp((f - m) / T)
-    with the greatest logit m, so that no term overflows."""
-    logits = torch.tensor([[.3, .3 - 1e-4, -.2], [.5, .4, 0.], [-2., -2., -2.]])  # (3, 3)
-    wanted = [-max(f) - t * math.log(sum(math.exp((value - max(f)) / t) for value in f))
-              for f in logits.tolist()]
-    found = EnergyModel(3, width=4, temperature=t).energy_of_logits(logits)
-    assert_close(found, torch.tensor(wanted), 'is T missing, inside or outside?', rtol=0, atol=1e-6)
 
 
 def test_cold_marginal_energy_is_the_least_joint_one():
@@ -171,7 +209,9 @@ def test_fresh_energies_are_near_zero(num_classes, t):
 def test_energy_is_smooth():
     """dE/dx changes with x. With ReLU it is piecewise constant and jumps under the chains."""
     model, x = EnergyModel(num_classes=1, width=4), images(2).requires_grad_()
-    gradient, = torch.autograd.grad(model.energy(x).sum(), x, create_graph=True)
+    gradient, = torch.autograd.grad(model.energy(x).sum(), x, create_graph=True, allow_unused=True)
+    assert gradient is not None, (
+        'no dE/dx reaches the images, and chains need it: is the input detached, or under no_grad?')
     curvature, = torch.autograd.grad(gradient.square().sum(), x, materialize_grads=True)
     assert curvature.abs().max() > 0, 'second derivatives are 0: use Swish (nn.SiLU)'
 
@@ -244,8 +284,9 @@ def test_checkpoint_round_trip(model, path):
     """What is loaded is frozen and computes the same energies; nothing has to be asked again."""
     loaded, checkpoint = load_model(path, precision='bf16')
     assert loaded.precision == 'bf16' and load_model(path)[0].precision == 'fp32'
-    assert not loaded.training
-    assert not any(p.requires_grad for p in loaded.parameters())
+    assert not loaded.training, 'a model that is loaded is there to be used: eval()'
+    assert not any(p.requires_grad for p in loaded.parameters()), (
+        'chains would fill the gradients of weights that nobody trains: requires_grad is on')
     loaded.precision = 'fp32'
     assert torch.equal(loaded.energy(images(3)), model.energy(images(3)))
     kept = {key: checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler', 'epoch')}
