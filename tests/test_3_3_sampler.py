@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
+from hints import assert_close, nearest_slip
 from torch import nn
 
 from sampler import (Reservoir, chain_settings, grainy, make_reservoir, prior, randn, sgld,
@@ -25,24 +26,35 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def assert_close(seen, expected, hint):
-    torch.testing.assert_close(seen, expected, msg=lambda text: f'{hint}\n{text}')
-
-
 # --- SGLD: one step, and the law of many ----------------------------------------------------------
 
 def test_one_step_is_the_equation():
     """x - step_size * dE/dx + noise * xi; without a noise it is the lecture's step of eta / 2 with
     noise sqrt(eta). The gradient belongs to each image: a batch does not change it."""
     x = .5 * torch.randn(3, 2, 4, 5, generator=seeded(1))
-    gradient, xi = x / .5 ** 2, torch.randn(x.shape, generator=seeded())
-    descent = sgld(quadratic(.5), x, 1, .1, 0., clamp=None)
-    assert_close(descent, x - .1 * gradient, 'go down in E, by the gradient of the sum of energies')
-    step = sgld(quadratic(.5), x, 1, .1, .3, clamp=None, generator=seeded())
-    assert_close(step, x - .1 * gradient + .3 * xi, 'add noise * xi with xi from torch.randn')
+    gradient, xi, before = x / .5 ** 2, torch.randn(x.shape, generator=seeded()), x.clone()
+
+    def step(step_size, noise=None):
+        return sgld(quadratic(.5), x, 1, step_size, noise, clamp=None, generator=seeded())
+
+    descent = step(.1, 0.)
+    assert torch.equal(x, before), "the caller's start was changed in place"
+    assert_close(descent, x - .1 * gradient, 'one step of size .1 down dE/dx, without noise', {
+        'a chain goes down in E: minus the gradient': x + .1 * gradient,
+        'is the gradient that of the mean over the batch? Take the sum': x - .1 / 3 * gradient,
+        'is the step halved again? step_size is eta / 2 already': x - .05 * gradient,
+        'is the step eta? step_size is eta / 2': x - .2 * gradient})
+    assert torch.equal(step(.1, .3), step(.1, .3)), (
+        'one seed, two chains: is the generator handed on to the noise?')
+    shared, even = xi[:1].clone(), torch.rand(x.shape, generator=seeded())
+    shared[0] = torch.randn(x.shape[1:], generator=seeded())
+    assert_close(step(.1, .3) - descent, .3 * xi, 'noise * xi is added, with xi ~ N(0, I)', {
+        'all images get the same noise: xi needs the shape of the whole batch': 0 * x + .3 * shared,
+        'is xi uniform? torch.randn is normal, torch.rand is not': .3 * even})
     eta = .2
-    step = sgld(quadratic(.5), x, 1, eta / 2, clamp=None, generator=seeded())
-    assert_close(step, x - eta / 2 * gradient + eta ** .5 * xi, 'noise=None is sqrt(2 * step_size)')
+    assert_close(step(eta / 2) - descent, eta ** .5 * xi, 'noise=None is sqrt(2 * step_size)', {
+        'is the noise eta, without the square root?': eta * xi,
+        'is it sqrt(step_size)? It is sqrt(eta) = sqrt(2 * step_size)': (eta / 2) ** .5 * xi})
 
 
 def stationary_variance(a, n):
@@ -57,16 +69,18 @@ def likely_slip(variance, a, n):
     if not variance < 20 * stationary_variance(a, n):
         return 'chains run away: is the gradient subtracted, and is it that of the sum?'
     slips = {
-        'is the noise eta, without the square root?': (a, n ** 2),
-        'is the square root taken twice?': (a, n ** .5),
-        'is the noise sqrt(step_size)? It is sqrt(eta) = sqrt(2 * step_size)': (a, n / 2 ** .5),
-        'is the noise multiplied by another sqrt(2)?': (a, n * 2 ** .5),
-        'is the gradient halved again? step_size is eta / 2 already': (a / 2, n),
-        'is the step eta? step_size is eta / 2': (2 * a, n),
-        'is xi uniform? torch.randn is normal, torch.rand is not': (a, n / 12 ** .5)}
-    distances = {slip: abs(math.log(variance / stationary_variance(*wrong)))
-                 for slip, wrong in slips.items()}
-    return min(distances, key=distances.get)
+        'is the noise eta, without the square root?': stationary_variance(a, n ** 2),
+        'is the square root taken twice?': stationary_variance(a, n ** .5),
+        'is the noise sqrt(step_size)? It is sqrt(eta) = sqrt(2 * step_size)':
+            stationary_variance(a, n / 2 ** .5),
+        'is the noise multiplied by another sqrt(2)?': stationary_variance(a, n * 2 ** .5),
+        'is the gradient halved again? step_size is eta / 2 already': stationary_variance(a / 2, n),
+        'is the step eta? step_size is eta / 2': stationary_variance(2 * a, n),
+        'is xi uniform? torch.randn is normal, torch.rand is not':
+            stationary_variance(a, n / 12 ** .5),
+        'is the noise drawn once and used in each step? Each one needs its own': (n / a) ** 2}
+    logs = {slip: math.log(wrong) for slip, wrong in slips.items()}
+    return nearest_slip(math.log(variance), logs)
 
 
 @pytest.mark.parametrize('s, step_size, noise', [(.5, .05, None), (.5, .1, .1), (1., .3, .3)])
@@ -98,7 +112,8 @@ def test_one_noise_for_each_step():
         v = (1 - a) ** 2 * v + n ** 2
     x = sgld(quadratic(1.), torch.zeros(40_000, 1, 1, 1), 20, a, noises, clamp=None,
              generator=seeded())
-    assert abs(x.var() - v) < 3 * v * (2 / len(x)) ** .5
+    assert abs(x.var() - v) < 3 * v * (2 / len(x)) ** .5, (
+        f'variance {x.var():.3f} instead of {v:.3f}: each step has its own of the noises, in order')
     start = torch.zeros(1, 1, 1, 1)
     for same in (tuple(noises), np.array(noises), torch.tensor(noises, dtype=torch.float64)):
         ends = [sgld(quadratic(1.), start, 20, a, n, generator=seeded()) for n in (noises, same)]
@@ -115,7 +130,7 @@ def test_clip_and_clamp():
     x = torch.tensor([-.9, -.001, 0., .002, .9]).view(1, 1, 1, 5)
     step = sgld(quadratic(.1), x, 1, 10., 0., grad_clip=.03, clamp=None)
     clipped = torch.tensor([-.03, -.03, 0., .03, .03]).view(1, 1, 1, 5)
-    assert_close(step, x - 10 * clipped, 'dE/dx is clipped, before it is multiplied by step_size')
+    assert_close(step, x - 10 * clipped, 'dE/dx is clipped on both sides, before the step')
     step = sgld(quadratic(.1), x, 1, .1, 0.)
     assert_close(step, (-9 * x).clamp(-1, 1), 'the state is clamped to [-1, 1] after the step')
     noisy = sgld(quadratic(1.), torch.ones(500, 1, 1, 1), 1, .1, 1., generator=seeded())
@@ -150,7 +165,8 @@ def test_start_and_model_are_left_as_they_were():
             x = sgld(model, start, 2, .1, .01)
         assert not x.requires_grad, 'detach the state in each step'
     sgld(model, start, 1, .1, differentiable=True)
-    assert torch.equal(start, before) and not start.requires_grad
+    assert torch.equal(start, before) and not start.requires_grad, (
+        "the caller's start wants a gradient now: detach it first")
     assert model.training and not model[1].bias.requires_grad and model[1].weight.requires_grad
     assert model[1].weight.grad.eq(1).all() and model[3].weight.grad is None, (
         'torch.autograd.grad for x alone; backward() would add to the gradients of the weights')
@@ -265,7 +281,9 @@ def test_temperature_of_training_chains(given, wanted):
     """Chains follow exp(-E/T)/Z with T = noise^2 / (2 * step_size): the two that `temperature`
     names. It is never 0, as E(x) divides by it."""
     settings = chain_settings({**FACTS, **given}, 'training')
-    assert temperature({**FACTS, **given}) == pytest.approx(wanted, rel=.05)
+    seen = temperature({**FACTS, **given})
+    assert seen == pytest.approx(wanted, rel=.05), (
+        f'T {seen:.2g} instead of {wanted:.2g}: the square of the noise is a variance')
     assert temperature({**FACTS, 'noise': 0.}) == 1e-9
     s = (settings['step_size'] / .05) ** .5  # an energy so flat that a = .05
     x = sgld(quadratic(s), torch.zeros(20_000, 1, 1, 1), **settings, generator=seeded())
@@ -286,10 +304,15 @@ def power_of(kind):
 
 def test_priors_of_the_course():
     """`gaussian` is N(0, 0.01), a variance and not a deviation; `uniform` is U(-1, 1)."""
-    assert abs(power_of('gaussian').mean() - .01) < 3 * .01 * (2 / 128_000) ** .5, '.1 * xi'
-    assert abs(power_of('uniform').mean() - 1 / 3) < 3e-3, 'U(-1, 1) has the variance 1 / 3'
+    variance = power_of('gaussian').mean().item()
+    assert abs(variance - .01) < 3 * .01 * (2 / 128_000) ** .5, (
+        f'variance {variance:.3g}: in N(0, 0.01) the variance is .01, not the deviation')
+    variance = power_of('uniform').mean().item()
+    assert abs(variance - 1 / 3) < 3e-3, (
+        f'mean square {variance:.3f}: that of U(-1, 1) is 1/3')
     x = prior('uniform', (100, 1, 8, 8), seeded())
-    assert -1 <= x.min() < -.99 and .99 < x.max() <= 1
+    assert -1 <= x.min() < -.99 and .99 < x.max() <= 1, (
+        f'from {x.min():.2f} to {x.max():.2f}: `uniform` is U(-1, 1), as images are')
 
 
 def test_mixed_prior_is_half_gaussian_and_half_grainy():
@@ -357,6 +380,23 @@ def test_new_reservoir_holds_the_prior():
     assert abs(chains.square().mean() - .01) < 3e-4
 
 
+def test_share_of_fresh_chains():
+    """`reinit` of the drawn chains start again from the prior, the others keep their state."""
+    reservoir = Reservoir([4000], (1, 2, 2), reinit=.05, kind='gaussian')
+    reservoir.chains[:] = 7.
+    x, _ = reservoir.draw(torch.zeros(4000, dtype=torch.long), seeded())
+    fresh = (x != 7).any(dim=(1, 2, 3))
+    share = fresh.float().mean().item()
+    assert abs(share - .05) < 3 * (.05 * .95 / 4000) ** .5, (
+        f'{share:.3f} of the chains start afresh instead of .05: ' + nearest_slip(share, {
+            'is the comparison the wrong way round?': .95, 'do all chains start afresh?': 1.,
+            'does none start afresh?': 0., 'the number is wrong': .05,
+            'do single pixels start afresh? A whole image does': 1 - .95 ** 4}))
+    assert abs(x[fresh].square().mean() - .01) < .002, 'a whole image starts afresh, from `kind`'
+    again, _ = reservoir.draw(torch.zeros(4000, dtype=torch.long), seeded())
+    assert torch.equal(x, again), 'all of it hangs on the generator'
+
+
 def test_chains_return_to_their_slots_and_classes():
     """A label gets a chain of its ring, no chain is given twice in a batch, and all of them take
     turns: after any number of batches two chains of a ring differ by one visit at most."""
@@ -391,21 +431,8 @@ def test_what_is_stored_is_drawn_a_round_later():
     order = torch.tensor([2, 3, 0, 1])
     reservoir.store(slot[order], x[order])
     again, _ = reservoir.draw(torch.tensor([1, 1, 0]))  # the last of ring 1 and its first, ring 0
-    assert again.flatten().tolist() == [7, 104, 1]
+    assert again.flatten().tolist() == [7, 104, 1], 'does `store` write the chains back?'
     assert reservoir.chains.flatten().tolist() == [100, 1, 2, 3, 104, 105, 106, 7]
-
-
-def test_share_of_fresh_chains():
-    """`reinit` of the drawn chains start again from the prior, the others keep their state."""
-    reservoir = Reservoir([4000], (1, 2, 2), reinit=.05, kind='gaussian')
-    reservoir.chains[:] = 7.
-    x, _ = reservoir.draw(torch.zeros(4000, dtype=torch.long), seeded())
-    fresh = (x != 7).any(dim=(1, 2, 3))
-    assert abs(fresh.float().mean() - .05) < 3 * (.05 * .95 / 4000) ** .5, (
-        'a share of .95 means that the comparison is the wrong way round')
-    assert abs(x[fresh].square().mean() - .01) < .002, 'a whole image starts afresh, from `kind`'
-    again, _ = reservoir.draw(torch.zeros(4000, dtype=torch.long), seeded())
-    assert torch.equal(x, again), 'all of it hangs on the generator'
 
 
 def test_short_run_and_persistent_chains():

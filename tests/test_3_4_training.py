@@ -1,13 +1,9 @@
-"""Course task 3.4: the two losses, one update of the weights, a run from start to end, the guard
-and --resume."""
+"""Course task 3.4: the losses, one update of the weights, and what a run leaves. Whole runs, the
+guard and --resume are in test_runs.py."""
 import copy
 import csv
 import math
-import re
-import shutil
-from functools import partial
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +12,7 @@ import data
 import sampler
 import train
 from conftest import QUICK
+from hints import assert_close, nearest_slip
 from model import EnergyModel, load_model
 from sampler import prior, sgld
 
@@ -26,6 +23,24 @@ def read_log(folder, name='log.csv'):
 
 
 # --- the losses -----------------------------------------------------------------------------------
+
+def test_losses_by_hand():
+    """px_step is a difference of means, l2_step a sum of mean squares, pyx_step the mean of -log
+    softmax at the label."""
+    real, synth = torch.tensor([1., 3.]), torch.tensor([2., 8.])
+    assert_close(train.px_step(real, synth), -3., 'px_step: mean energy of data minus samples', {
+        'the sign: data and samples are exchanged': 3., 'is it a sum? Take the mean': -6.})
+    assert_close(train.l2_step(real, synth), 39., 'l2_step: mean squares, of data and samples', {
+        'square first, then take the mean': 4. + 25., 'where is the L2 of the samples?': 5.,
+        'where is the L2 of the data?': 34., 'is it a sum? Take the mean': 78.})
+    logits, y = torch.tensor([[0., math.log(3)], [math.log(3), 0.]]), torch.tensor([1, 1])
+    right, wrong = -math.log(.75), -math.log(.25)  # p = (1/4, 3/4) and (3/4, 1/4)
+    twice = math.log(1 + math.exp(-.5)), math.log(1 + math.exp(.5))  # softmax of p
+    assert_close(train.pyx_step(logits, y), (right + wrong) / 2, 'pyx_step: mean of -log p(y|x)', {
+        'is softmax applied twice? Cross-entropy takes logits': sum(twice) / 2,
+        'log softmax is missing: logits are no log p': -math.log(3) / 2,
+        'is it a sum? Take the mean': right + wrong, 'the sign of log p': -(right + wrong) / 2})
+
 
 def test_px_step_has_the_gradient_of_the_likelihood():
     """For E(x) = (x - m)^2 / 2, -log p has the gradient m - mean(x) in m. So has mean E(x) - mean
@@ -41,8 +56,10 @@ def test_px_step_has_the_gradient_of_the_likelihood():
     gradient, = torch.autograd.grad(train.px_step(energy(x_real), energy(x_synth)), m)
     wanted = m - x_real.mean()
     assert abs(gradient - wanted) < 3 * 5000 ** -.5, (
-        f'gradient {gradient:.3f} instead of {wanted:.3f}; with the opposite sign, data and '
-        'samples are exchanged')
+        f'gradient {gradient:.3f} instead of {wanted:.3f}: ' + nearest_slip(gradient, {
+            'with the opposite sign, data and samples are exchanged': -wanted,
+            'is it the sum over the batch? Take the mean': 5000 * wanted,
+            'do data and samples both count?': wanted}))
 
 
 @pytest.mark.parametrize('t', [1., .1])
@@ -74,16 +91,6 @@ def test_pyx_step_bounds_the_likelihood_of_the_labels(t):
         assert slack > -1e-5 and (t < 1 or slack < 1e-5)
 
 
-def test_losses_by_hand():
-    """px_step is a difference of means, l2_step a sum of mean squares, pyx_step -log softmax at the
-    label."""
-    real, synth = torch.tensor([1., 3.]), torch.tensor([2., 6.])
-    assert train.px_step(real, synth).item() == -2
-    assert train.l2_step(real, synth).item() == 5 + 20
-    logits, y = torch.tensor([[0., math.log(3)]]), torch.tensor([1])  # (1, 2), (1,)
-    assert train.pyx_step(logits, y).item() == pytest.approx(-math.log(.75))
-
-
 def test_matching_is_zero_for_the_valley_itself():
     """The term is 0 for E = slope * sqrt(r^2 + ROUND^2) around the image, with r the root mean
     square distance of the pixels, and the mean square of the difference for an energy that is twice
@@ -95,7 +102,8 @@ def test_matching_is_zero_for_the_valley_itself():
         return lambda x_t: slope * (
             (x_t - x).square().mean(dim=(1, 2, 3)) + train.ROUND ** 2).sqrt()  # (B,)
 
-    assert train.matching_step(valley(40.), x, away, 40.).item() == pytest.approx(0, abs=1e-10)
+    assert train.matching_step(valley(40.), x, away, 40.).item() == pytest.approx(0, abs=1e-10), (
+        'the valley itself has no error: is the sign of the difference right, and its scale?')
     r2 = away.square().mean(dim=(1, 2, 3))
     wanted = (r2 / (r2 + train.ROUND ** 2)).mean().item()
     assert train.matching_step(valley(80.), x, away, 40.).item() == pytest.approx(wanted)
@@ -123,6 +131,7 @@ def test_matching_reaches_the_weights():
     for _ in range(80):
         away = prior('uniform', x.shape) * torch.rand(16, 1, 1, 1)
         loss = train.matching_step(model.energy, x, away, 10.)
+        assert loss.requires_grad, 'no way back to the weights: dE/dx needs a graph of its own'
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -137,6 +146,7 @@ def test_perturb_adds_noise_within_the_bounds():
     inside, edge = (train.perturb(torch.full((50, 1, 20, 20), value), args, generator)
                     for value in (0., 1.))
     assert abs(inside.std() - .1) < .003
+    assert edge.max() <= 1, 'noisy images are images: clamp them to [-1, 1]'
     assert edge.max() == 1 and abs((edge == 1).float().mean() - .5) < .02
 
 
@@ -168,7 +178,8 @@ def first_update(monkeypatch, glyphs, tmp_path, *flags):
            lambda a, k, drawn: seen.update(ring=a[1], start=drawn[0], slot=drawn[1]))
     record(sampler.Reservoir, 'store',
            lambda a, k, _: seen.update(stored=(a[1], a[2]), reservoir=a[0]))
-    record(train, 'sgld', lambda a, k, x: seen.update(energy=a[0], moved=a[1], x_synth=x))
+    record(train, 'sgld',
+           lambda a, k, x: seen.update(energy=a[0], moved=a[1], x_synth=x, settings=k))
 
     def stop(gradients):
         seen['gradients'] = [gradient.clone() for gradient in gradients]
@@ -184,43 +195,26 @@ OTHER_WEIGHTS = ['--px-weight', '.5', '--pyx-weight', '2', '--alpha', '.3', '--m
                  '--contrast', '7', '--no-conditional']
 
 
-@pytest.mark.parametrize('flags, weights', [([], (1., 3., 1., .1, 10.)),
-                                            (OTHER_WEIGHTS, (.5, 2., 7., .3, 0.))])
-def test_an_update_descends_the_sum_of_its_terms(monkeypatch, glyphs, tmp_path, flags, weights):
-    """The gradient of the weights is that of px (contrast (mean E(x) - mean E(x') + alpha L2) +
-    matching) + pyx cross-entropy, written here by hand: no term is forgotten, counted twice or of
-    the wrong sign."""
-    seen = first_update(monkeypatch, glyphs, tmp_path, *flags)
-    px, pyx, contrast, alpha, matching = weights
-    model, (x_real, y) = seen['model'], seen['batch']
-    (real, noisy_real), (synth, noisy_synth) = seen['perturbed']
-    assert torch.equal(real, x_real)  # both get the noise, once each
-    assert torch.equal(synth, seen['x_synth'])
-    f_real, f_synth = model.get_logits(noisy_real), model.get_logits(noisy_synth)  # (B, K) both
-    e_real, e_synth = (-T * (f / T).logsumexp(1) for f in (f_real, f_synth))  # (B,) both
-    l2 = (e_real ** 2).mean() + (e_synth ** 2).mean()
-    loss = px * contrast * (e_real.mean() - e_synth.mean() + alpha * l2)
-    loss = loss + pyx * F.nll_loss(f_real.log_softmax(1), y)
-    if matching:
-        valley = train.matching_step(lambda x: -model.get_logits(x)[torch.arange(len(y)), y],
-                                     x_real, seen['away'], 40.)
-        loss = loss + px * matching * valley
-    wanted = torch.autograd.grad(loss, model.parameters())
-    for found, gradient in zip(seen['gradients'], wanted, strict=True):
-        torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-5)
-
-
 def test_chains_follow_the_labels_of_the_batch(monkeypatch, glyphs, tmp_path):
     """Each chain comes from the ring of its label, moves along E(x, y) for this label, and returns
     to its slot."""
     seen = first_update(monkeypatch, glyphs, tmp_path)
     y, reservoir = seen['batch'][1], seen['reservoir']
-    assert torch.equal(seen['ring'], y) and torch.equal(seen['moved'], seen['start'])
-    x = torch.rand(len(y), 1, 16, 16)
-    wanted = -seen['model'].get_logits(x)[torch.arange(len(y)), y]
-    torch.testing.assert_close(seen['energy'](x), wanted)
+    assert torch.equal(seen['ring'], y), 'image i gets a chain of its own label, that of ring i'
+    assert torch.equal(seen['moved'], seen['start']), 'chains start where the reservoir left them'
+    x, others = torch.rand(len(y), 1, 16, 16), torch.arange(len(y))
+    f = seen['model'].get_logits(x)  # (B, K)
+    assert_close(seen['energy'](x), -f[others, y], 'chains follow E(x, y) of their labels', {
+        'chains follow E(x): the labels are ignored': -T * (f / T).logsumexp(1),
+        'the labels are shifted by one': -f[others, (y + 1) % 3],
+        'the labels are shifted by minus one': -f[others, (y - 1) % 3]})
+    settings = {key: seen['settings'][key] for key in ('steps', 'noise', 'step_size')}
+    assert settings == {'steps': 2, 'noise': .02, 'step_size': pytest.approx(.64)}, (
+        f'{settings}: chains of the training have the steps, the noise and the step of its flags')
+    assert 'stored' in seen, 'store the samples, or all chains start afresh'
     slot, x_synth = seen['stored']
-    assert torch.equal(slot, seen['slot']) and torch.equal(x_synth, seen['x_synth'])
+    assert torch.equal(slot, seen['slot']), 'store a chain in the slot that it came from'
+    assert torch.equal(x_synth, seen['x_synth']), 'store where the chain ended, not where it began'
     assert torch.equal(reservoir.chains[seen['slot']], seen['x_synth'])
     ring_of_slot = torch.arange(3).repeat_interleave(reservoir.lengths)  # (slots,)
     assert torch.equal(ring_of_slot[seen['slot']], y)
@@ -242,27 +236,46 @@ def test_chains_from_the_data_are_stored_too(monkeypatch, glyphs, tmp_path):
     assert torch.equal(seen['reservoir'].chains[seen['slot']], seen['x_synth'])
 
 
-def test_without_contrast_no_chain_is_drawn(monkeypatch, glyphs, tmp_path):
-    """--contrast 0: an update calls no sgld, its columns are empty, and the other terms train."""
-    def refuse(*_, **__):
-        raise AssertionError('an update drew chains')
+@pytest.mark.parametrize('flags, weights', [([], (1., 3., 1., .1, 10.)),
+                                            (OTHER_WEIGHTS, (.5, 2., 7., .3, 0.))])
+def test_an_update_descends_the_sum_of_its_terms(monkeypatch, glyphs, tmp_path, flags, weights):
+    """The gradient of the weights is that of px (contrast (mean E(x) - mean E(x') + alpha L2) +
+    matching) + pyx cross-entropy: no term is forgotten, counted twice or of the wrong sign. The
+    gradient of each term is taken here by itself, and least squares finds its factor."""
+    seen = first_update(monkeypatch, glyphs, tmp_path, *flags)
+    px, pyx, contrast, alpha, matching = weights
+    model, (x_real, y) = seen['model'], seen['batch']
+    assert len(seen['perturbed']) == 2, (
+        'noise on data and samples, once each: on one alone, the energy tells them apart by it')
+    (real, noisy_real), (synth, noisy_synth) = seen['perturbed']
+    assert torch.equal(real, x_real) and torch.equal(synth, seen['x_synth'])
+    f_real, f_synth = model.get_logits(noisy_real), model.get_logits(noisy_synth)  # (B, K) both
+    e_real, e_synth = (-T * (f / T).logsumexp(1) for f in (f_real, f_synth))  # (B,) both
+    terms = {'px_step, energy of the data': (e_real.mean(), px * contrast),
+             'px_step, energy of the samples': (e_synth.mean(), -px * contrast),
+             'L2': ((e_real ** 2).mean() + (e_synth ** 2).mean(), px * contrast * alpha),
+             'cross-entropy (pyx_weight)': (F.nll_loss(f_real.log_softmax(1), y), pyx)}
+    if matching:
+        valley = train.matching_step(lambda x: -model.get_logits(x)[torch.arange(len(y)), y],
+                                     x_real, seen['away'], 40.)
+        terms['matching'] = valley, px * matching
+    gradients = torch.stack([flat_gradient(term, model) for term, _ in terms.values()], 1)  # (P, L)
+    wanted = torch.tensor([factor for _, factor in terms.values()]).double()  # (L,)
+    found = torch.cat([gradient.flatten() for gradient in seen['gradients']]).double()  # (P,)
+    factors = torch.linalg.lstsq(gradients, found[:, None]).solution[:, 0]  # (L,)
+    for name, factor, right in zip(terms, factors.tolist(), wanted.tolist()):
+        assert factor == pytest.approx(right, rel=.01, abs=.01), (
+            f'{name}: factor {factor:.3g} instead of {right:.3g}. 0: is it forgotten or detached? '
+            'The opposite: are data and samples exchanged? Another: is a weight such as alpha '
+            'missing, or does a term count twice?')
+    assert_close(found, gradients @ wanted, 'the gradient of the weights', rtol=1e-3, atol=1e-5)
 
-    monkeypatch.setattr(train, 'sgld', refuse)
-    monkeypatch.setattr(train, 'draw_samples', lambda *_: None)  # pictures have chains of their own
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--contrast', '0',
-                '--epochs', '20', '--lr', '.02', '--picture-every', '20'])
-    first, *_, last = read_log(tmp_path)
-    assert last['energy_synth'] == last['loss_px'] == last['loss_reg'] == ''
-    for loss in ('loss_pyx', 'loss_matching'):
-        assert float(last[loss]) < .9 * float(first[loss])
 
-
-def test_chains_start_after_the_updates_asked_for(glyphs, tmp_path):
-    """--chains-after 3, that is after the first epoch of three updates: its columns are empty."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--chains-after', '3'])
-    first, second = read_log(tmp_path)
-    for column in ('energy_synth', 'loss_px', 'loss_reg'):
-        assert first[column] == '' and math.isfinite(float(second[column]))
+def flat_gradient(term, model):
+    """The gradient of a term in all weights, float64 (P,)."""
+    gradient = torch.autograd.grad(term, model.parameters(), retain_graph=True,
+                                   materialize_grads=True)
+    return torch.cat([part.flatten() for part in gradient]).double()
 
 
 def test_an_epoch_uses_every_image_once():
@@ -270,8 +283,50 @@ def test_an_epoch_uses_every_image_once():
     of them."""
     args = train.parse_args(['--batch-size', '8', '--device', 'cpu'])
     first, again, second = (torch.cat([*train.batches(40, args, epoch)]) for epoch in (0, 0, 1))
-    assert torch.equal(first.sort().values, torch.arange(40)) and torch.equal(first, again)
-    assert not torch.equal(first, second)
+    assert torch.equal(first.sort().values, torch.arange(40)), 'each image once in an epoch'
+    assert torch.equal(first, again), 'the order hangs on seed and epoch alone'
+    assert not torch.equal(first, second), 'is the order shuffled anew in each epoch?'
+
+
+def test_each_update_has_its_own_gradient(monkeypatch, glyphs, tmp_path):
+    """With a learning rate of all but 0 the second gradient is that of the second batch alone."""
+    models, batches, gradients = [], [], []
+    build, batch = train.EnergyModel, data.Split.batch
+
+    def keep(values, value):
+        values.append(copy.deepcopy(value))
+        return value
+
+    def stop(tensors):
+        gradients.append([tensor.clone() for tensor in tensors])
+        if len(batches) == 2:
+            raise Stop
+
+    monkeypatch.setattr(train, 'EnergyModel', lambda *a: keep(models, build(*a)))
+    monkeypatch.setattr(data.Split, 'batch', lambda *a: keep(batches, batch(*a)))
+    monkeypatch.setattr(train, 'average', stop)
+    with pytest.raises(Stop):
+        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--px-weight', '0',
+                    '--pyx-weight', '1', '--lr', '1e-12', '--data-noise', '0'])
+    first, second = [flat_gradient(F.cross_entropy(models[0].get_logits(x), y), models[0])
+                     for x, y in batches]
+    found = torch.cat([gradient.flatten() for gradient in gradients[-1]]).double()
+    assert_close(found, second, 'the gradient of an update is that of its batch', {
+        'the gradients of both updates are added up: zero_grad is missing': first + second},
+        rtol=1e-3, atol=1e-6)
+
+
+def test_validation_takes_the_validation_images(monkeypatch, glyphs, tmp_path):
+    """Of the averaged weights, after each epoch; with images of the training it says nothing."""
+    def stop(model, split, args):
+        seen.append(split)
+        raise Stop
+
+    seen, val = [], data.load_data(str(glyphs), 16).val
+    monkeypatch.setattr(train, 'validate', stop)
+    with pytest.raises(Stop):
+        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--px-weight', '0'])
+    assert torch.equal(seen[0].images, val.images), 'validation needs the validation images'
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -292,14 +347,15 @@ def test_a_run_leaves_its_files(trained):
     assert checkpoint['data']['image_shape'] == [1, 16, 16]
 
 
-def test_updates_are_logged_every_ten(glyphs, tmp_path):
-    """updates.csv has a row for every ten updates, and the rows are means: those of an epoch of 10
-    equal its row."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--batch-size', '6'])
-    updates, epochs = read_log(tmp_path, 'updates.csv'), read_log(tmp_path)
-    assert [row['step'] for row in updates] == ['10', '20'] == [row['step'] for row in epochs]
-    for update, epoch in zip(updates, epochs):
-        assert all(update[name] == epoch[name] for name in train.NUMBERS)
+def test_checkpoints_hold_averaged_weights(trained):
+    """After six updates the average has moved a part of the way that the weights have."""
+    saved = torch.load(trained / 'last.pt', weights_only=True)
+    torch.manual_seed(0)
+    start = EnergyModel(3, 1, 4).state_dict()
+    weight = 'features.2.weight'
+    average, last = (w[weight] - start[weight] for w in (saved['weights'], saved['run']['model']))
+    assert average.abs().max() > 0, 'the average of the weights has not moved from the start'
+    assert average.norm() < .5 * last.norm(), 'are these the last weights, without any average?'
 
 
 def state(folder, name='last.pt'):
@@ -326,101 +382,6 @@ def assert_same(a, b):
             assert a[key] == b[key] or a[key] != a[key], key  # NaN is equal to nothing
 
 
-@pytest.mark.parametrize('flags', [[], ['--no-conditional', '--init', 'persistent']])
-def test_resumed_run_is_the_unbroken_one(glyphs, tmp_path, flags):
-    """Two epochs equal one plus one bit by bit: weights, averages, optimizer, reservoir, random
-    state and logs. The run remembers its own flags, and its epochs may grow."""
-    quick = ['--data', str(glyphs), *QUICK, *flags]
-    train.main([*quick, '--out', str(tmp_path / 'whole')])
-    train.main([*quick, '--out', str(tmp_path / 'parts'), '--epochs', '1'])
-    train.main(['--out', str(tmp_path / 'parts'), '--resume', '--epochs', '2', '--device', 'cpu'])
-    for name in ('last.pt', 'best.pt'):
-        assert_same(state(tmp_path / 'whole', name), state(tmp_path / 'parts', name))
-    logs = [[{**row, 'seconds': ''} for row in read_log(tmp_path / part)]
-            for part in ('whole', 'parts')]
-    assert logs[0] == logs[1]
-
-
-def test_ctrl_c_keeps_the_last_finished_epoch(glyphs, tmp_path, monkeypatch):
-    """Ctrl-C in the second epoch exits with 130; --resume makes the run that was never stopped."""
-    quick = ['--data', str(glyphs), *QUICK]
-    train.main([*quick, '--out', str(tmp_path / 'whole')])
-    calls, px_step = [], train.px_step
-
-    def interrupted(*energies):
-        calls.append(1)
-        if len(calls) == 5:
-            raise KeyboardInterrupt
-        return px_step(*energies)
-
-    monkeypatch.setattr(train, 'px_step', interrupted)
-    with pytest.raises(SystemExit) as stop:
-        train.main([*quick, '--out', str(tmp_path / 'parts')])
-    assert stop.value.code == 130
-    train.main(['--out', str(tmp_path / 'parts'), '--resume', '--device', 'cpu'])
-    assert_same(state(tmp_path / 'whole'), state(tmp_path / 'parts'))
-
-
-def test_resume_reads_the_run_once(trained, tmp_path, monkeypatch):
-    """last.pt is large, and what was read is what the flags were checked against."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    calls = []
-    monkeypatch.setattr(train, 'load_model', lambda *args: calls.append(args) or load_model(*args))
-    train.main(['--out', str(tmp_path), '--resume', '--device', 'cpu', '--epochs', '3'])
-    assert len(calls) == 1 and len(read_log(tmp_path)) == 3
-
-
-def test_a_run_with_few_updates_is_warned(glyphs, tmp_path, capsys):
-    """Before it trains."""
-    quick = ['--data', str(glyphs), '--out', str(tmp_path), *QUICK]
-    train.main([*quick, '--px-weight', '0', '--epochs', '1'])
-    line = capsys.readouterr().out.split('\n')[0]
-    assert '500 updates are few' in line and '--epochs' in line and '--batch-size' in line
-
-
-def test_another_default_dtype_changes_nothing(trained, glyphs, tmp_path):
-    """A notebook may have set float64."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK])
-    finally:
-        torch.set_default_dtype(torch.float32)
-    saved = state(tmp_path)
-    for key, value in state(trained).items():
-        assert not torch.is_tensor(value) or saved[key].dtype == value.dtype, key
-
-
-def test_same_command_same_bytes(trained, glyphs, tmp_path):
-    """The same command makes the same weights and pictures; another seed makes others."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK])
-    one, two = (state(folder, 'best.pt') for folder in (trained, tmp_path))
-    assert_same(one, two)
-    picture = 'samples/epoch_002.png'
-    assert (trained / picture).read_bytes() == (tmp_path / picture).read_bytes()
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--overwrite', '--seed', '1',
-                '--epochs', '1'])
-    weight = '/weights/head.weight'
-    assert not torch.equal(one[weight], state(tmp_path, 'best.pt')[weight])
-    assert not (tmp_path / picture).exists()  # --overwrite leaves nothing of the old run
-
-
-@pytest.mark.parametrize('flags', [['--model', 'ebm'], ['--px-weight', '0'], ['--contrast', '0'],
-                                   ['--init', 'data'], ['--init', 'noise'],
-                                   ['--init', 'persistent'], ['--precision', 'bf16'],
-                                   ['--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
-def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
-    """Each choice of model and sampler runs to the end with finite numbers; what it has not
-    measured is empty."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *flags])
-    row = read_log(tmp_path)[-1]
-    assert math.isfinite(float(row['loss'])) and math.isfinite(float(row['val_auroc']))
-    assert (tmp_path / 'best.pt').exists()
-    assert (row['val_accuracy'] == '') == ('ebm' in flags)
-    assert (row['loss_px'] == '') == (row['energy_synth'] == '') == ('0' in flags)
-    assert (row['loss_matching'] == '') == ('--px-weight' in flags)
-    assert (tmp_path / 'samples').exists() == ('--px-weight' not in flags)
-
-
 def test_classifier_alone_learns(glyphs, tmp_path):
     """--px-weight 0 is a plain classifier: it learns the bars, and its loss is the weighted
     cross-entropy."""
@@ -429,20 +390,6 @@ def test_classifier_alone_learns(glyphs, tmp_path):
     row = read_log(tmp_path)[-1]
     assert float(row['val_accuracy']) > .9
     assert float(row['loss']) == pytest.approx(3 * float(row['loss_pyx']), rel=1e-4)
-
-
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_joint_model_learns(glyphs, tmp_path, precision):
-    """A JEM learns the bars in fp32 and bf16, and uniform noise gets a higher energy than they
-    have."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '90', '--lr',
-                '.003', '--sgld-steps', '6', '--width', '8', '--picture-every', '90',
-                '--precision', precision])
-    assert float(read_log(tmp_path)[-1]['val_accuracy']) > .85
-    model, _ = load_model(tmp_path / 'best.pt')
-    x = data.load_data(str(glyphs), 16).test.batch(torch.arange(24))[0]
-    noise = torch.rand(24, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    assert np.mean(model.energy(noise)[:, None].numpy() > model.energy(x).numpy()) > .9
 
 
 def test_validation_negatives_are_the_lie_of_the_data():
@@ -459,7 +406,8 @@ def test_validation_negatives_are_the_lie_of_the_data():
     images = 255 * (torch.rand(30, 1, 16, 16, generator=generator) < .5).byte()
     split, args = data.Split(images, torch.arange(30) % 3), train.parse_args(['--device', 'cpu'])
     model = Known(3, 1, 4, 1e-3)
-    assert train.validate(model, split, args)['val_auroc'] == 1
+    found = train.validate(model, split, args)['val_auroc']
+    assert found == 1, f'AUROC {found:.2f} instead of 1: negatives are 1, images of the data are 0'
     model.sign = -1.
     assert train.validate(model, split, args)['val_auroc'] == 0
 
@@ -533,105 +481,3 @@ def measured(model, x, y):
     return energy.detach(), slope, copy.deepcopy(model.state_dict())
 
 
-# --- the guard ------------------------------------------------------------------------------------
-
-def given_up(folder, capsys, *flags):
-    """Train until the guard gives up; returns the last line on the screen and the last event."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(['--out', str(folder), *flags])
-    assert stop.value.code == 2
-    tensors = [value for value in state(folder).values() if torch.is_tensor(value)]
-    assert all(tensor.isfinite().all() for tensor in tensors)  # last.pt is the state before
-    return capsys.readouterr().err.strip().split('\n')[-1], read_log(folder)[-1]['event']
-
-
-def test_guard_gives_up_with_advice(glyphs, tmp_path, capsys):
-    """A hopeless rate trips it MOST_TRIPS times and once more; curves and samples of the failure
-    are left. The message has a line of its own, and the log does not repeat itself."""
-    last, event = given_up(tmp_path, capsys, '--data', str(glyphs), *QUICK, '--lr', '1e30')
-    assert '--lr' in last and 'last.pt' in last and 'not finite' in event
-    assert event.count('not finite') == 1 and re.match(r'[\w.]+: training diverged', last)
-    assert (tmp_path / 'curves.png').exists() and (tmp_path / 'samples').exists()
-    assert not (tmp_path / 'best.pt').exists()
-    assert state(tmp_path)['/run/history/trips'] == train.MOST_TRIPS
-
-
-def test_guard_sees_a_flipped_sign(glyphs, tmp_path, capsys, monkeypatch):
-    """With the contrastive term upside down the gap runs away and no rate helps."""
-    right = train.px_step
-    monkeypatch.setattr(train, 'px_step', lambda real, synth: right(synth, real))
-    monkeypatch.setattr(train, 'WARMUP', 20)
-    last, event = given_up(tmp_path, capsys, '--data', str(glyphs), *QUICK, '--lr', '.01',
-                           '--lr-decay', '1', '--batch-size', '4', '--epochs', '60',
-                           '--matching', '0', '--picture-every', '600')
-    assert 'diverged' in last and '--no-guard' in last and 'energy gap' in event
-
-
-def test_guard_goes_back_and_on(trained, tmp_path, capsys):
-    """NaN in an epoch: one trip, told in the log, and the epoch again with a lower rate, which then
-    comes back. The last line printed tells the trips and the rate."""
-    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    broken, pyx_step = [], train.pyx_step
-
-    def break_once(logits, y):
-        broken.append(1)
-        return pyx_step(logits, y) * (math.nan if len(broken) == 2 else 1.)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, 'pyx_step', break_once)
-        train.main(['--out', str(tmp_path), '--resume', '--epochs', '4', '--device', 'cpu'])
-    rows = read_log(tmp_path)
-    assert len(rows) == 4 and 'not finite' in rows[2]['event'] and not rows[3]['event']
-    for row, level in ((rows[2], 1), (rows[3], .75)):
-        rate = 2e-3 * .98 ** (int(row['epoch']) - 1) * int(row['step']) / train.WARMUP
-        assert float(row['lr']) == pytest.approx(rate * train.RETREAT ** level, rel=1e-3)
-    last_line = capsys.readouterr().out.strip().split('\n')[-1]
-    assert f'trips 1, lr {float(rows[3]["lr"]):.2g}' in last_line
-    assert state(tmp_path)['/run/history/trips'] == 1
-
-
-def test_guard_waits_for_a_gap_that_mends_itself():
-    """With one SGLD step the gap is near to .9 of its bound for hundreds of updates. Only a gap at
-    the bound, in the last 50 updates and not the first 500, is trouble; --no-guard lets it be."""
-    guard, free = (train.parse_args(['--device', 'cpu', flag])
-                   for flag in ('--guard', '--no-guard'))
-
-    def trouble(gaps, step=600, args=guard, row=None):
-        updates = [{'loss_px': gap} for gap in gaps]
-        return train.find_trouble(row or {}, {'updates': updates, 'step': step}, args)
-
-    lost = [-9.] * 90 + [-9.7] * 5
-    assert 'gap' in trouble(lost) and not trouble(lost, step=500) and not trouble(lost, args=free)
-    assert not trouble([-9.2] * 9) and not trouble([-9.9] * 90 + [-9.] * 5)
-    assert 'finite' in trouble(lost, args=free, row={'loss': math.nan})
-
-
-# --- the flags ------------------------------------------------------------------------------------
-
-def test_resume_refuses_another_run(trained, tmp_path, refused):
-    """--resume names the flag that differs, or the missing last.pt, and changes nothing."""
-    before = (trained / 'last.pt').read_bytes()
-    resume = partial(refused, train.main, '--out', trained, '--resume', '--device', 'cpu')
-    assert '--width' in resume('--width', 6) and '--conditional' in resume('--no-conditional')
-    assert 'digits' in resume('--data', 'digits')
-    assert 'last.pt' in refused(train.main, '--out', tmp_path, '--resume')
-    assert before == (trained / 'last.pt').read_bytes()
-
-
-def test_a_run_is_not_overwritten_unasked(trained, glyphs, refused):
-    """The message names the three ways out, and every file stays as it is."""
-    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
-    message = refused(train.main, '--data', glyphs, '--out', trained, *QUICK)
-    assert all(flag in message for flag in ('--resume', '--overwrite', '--out'))
-    assert before == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
-
-
-def test_help_prints_the_real_defaults(capsys):
-    """--help opens with what the script does and prints every default, 0 among them, but no empty
-    one."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(['--help'])
-    text = ' '.join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    assert 'Train an energy-based model' in text and 'default: None' not in text
-    assert 'random seed (default: 0)' in text and 'in an update (default: 32)' in text

@@ -1,0 +1,263 @@
+"""Whole runs of train.py: logs, --resume, the guard and the flags. No course task asks for them, so
+that `pytest -m task34` leaves them out."""
+import math
+import re
+import shutil
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import train
+from conftest import QUICK
+from model import load_model
+from test_3_4_training import assert_same, read_log, state
+
+# --- a run ----------------------------------------------------------------------------------------
+
+def test_without_contrast_no_chain_is_drawn(monkeypatch, glyphs, tmp_path):
+    """--contrast 0: an update calls no sgld, its columns are empty, and the other terms train."""
+    def refuse(*_, **__):
+        raise AssertionError('an update drew chains')
+
+    monkeypatch.setattr(train, 'sgld', refuse)
+    monkeypatch.setattr(train, 'draw_samples', lambda *_: None)  # pictures have chains of their own
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--contrast', '0',
+                '--epochs', '20', '--lr', '.02', '--picture-every', '20'])
+    first, *_, last = read_log(tmp_path)
+    assert last['energy_synth'] == last['loss_px'] == last['loss_reg'] == ''
+    for loss in ('loss_pyx', 'loss_matching'):
+        assert float(last[loss]) < .9 * float(first[loss])
+
+
+def test_chains_start_after_the_updates_asked_for(glyphs, tmp_path):
+    """--chains-after 3, that is after the first epoch of three updates: its columns are empty."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--chains-after', '3'])
+    first, second = read_log(tmp_path)
+    for column in ('energy_synth', 'loss_px', 'loss_reg'):
+        assert first[column] == '' and math.isfinite(float(second[column]))
+
+
+def test_updates_are_logged_every_ten(glyphs, tmp_path):
+    """updates.csv has a row for every ten updates, and the rows are means: those of an epoch of 10
+    equal its row."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--batch-size', '6'])
+    updates, epochs = read_log(tmp_path, 'updates.csv'), read_log(tmp_path)
+    assert [row['step'] for row in updates] == ['10', '20'] == [row['step'] for row in epochs]
+    for update, epoch in zip(updates, epochs):
+        assert all(update[name] == epoch[name] for name in train.NUMBERS)
+
+
+@pytest.mark.parametrize('flags', [[], ['--no-conditional', '--init', 'persistent']])
+def test_resumed_run_is_the_unbroken_one(glyphs, tmp_path, flags):
+    """Two epochs equal one plus one bit by bit: weights, averages, optimizer, reservoir, random
+    state and logs. The run remembers its own flags, and its epochs may grow."""
+    quick = ['--data', str(glyphs), *QUICK, *flags]
+    train.main([*quick, '--out', str(tmp_path / 'whole')])
+    train.main([*quick, '--out', str(tmp_path / 'parts'), '--epochs', '1'])
+    train.main(['--out', str(tmp_path / 'parts'), '--resume', '--epochs', '2', '--device', 'cpu'])
+    for name in ('last.pt', 'best.pt'):
+        assert_same(state(tmp_path / 'whole', name), state(tmp_path / 'parts', name))
+    logs = [[{**row, 'seconds': ''} for row in read_log(tmp_path / part)]
+            for part in ('whole', 'parts')]
+    assert logs[0] == logs[1]
+
+
+def test_ctrl_c_keeps_the_last_finished_epoch(glyphs, tmp_path, monkeypatch):
+    """Ctrl-C in the second epoch exits with 130; --resume makes the run that was never stopped."""
+    quick = ['--data', str(glyphs), *QUICK]
+    train.main([*quick, '--out', str(tmp_path / 'whole')])
+    calls, px_step = [], train.px_step
+
+    def interrupted(*energies):
+        calls.append(1)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return px_step(*energies)
+
+    monkeypatch.setattr(train, 'px_step', interrupted)
+    with pytest.raises(SystemExit) as stop:
+        train.main([*quick, '--out', str(tmp_path / 'parts')])
+    assert stop.value.code == 130
+    train.main(['--out', str(tmp_path / 'parts'), '--resume', '--device', 'cpu'])
+    assert_same(state(tmp_path / 'whole'), state(tmp_path / 'parts'))
+
+
+def test_resume_reads_the_run_once(trained, tmp_path, monkeypatch):
+    """last.pt is large, and what was read is what the flags were checked against."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    calls = []
+    monkeypatch.setattr(train, 'load_model', lambda *args: calls.append(args) or load_model(*args))
+    train.main(['--out', str(tmp_path), '--resume', '--device', 'cpu', '--epochs', '3'])
+    assert len(calls) == 1 and len(read_log(tmp_path)) == 3
+
+
+def test_a_run_with_few_updates_is_warned(glyphs, tmp_path, capsys):
+    """Before it trains."""
+    quick = ['--data', str(glyphs), '--out', str(tmp_path), *QUICK]
+    train.main([*quick, '--px-weight', '0', '--epochs', '1'])
+    line = capsys.readouterr().out.split('\n')[0]
+    assert '500 updates are few' in line and '--epochs' in line and '--batch-size' in line
+
+
+def test_another_default_dtype_changes_nothing(trained, glyphs, tmp_path):
+    """A notebook may have set float64."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    saved = state(tmp_path)
+    for key, value in state(trained).items():
+        assert not torch.is_tensor(value) or saved[key].dtype == value.dtype, key
+
+
+def test_same_command_same_bytes(trained, glyphs, tmp_path):
+    """The same command makes the same weights and pictures; another seed makes others."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK])
+    one, two = (state(folder, 'best.pt') for folder in (trained, tmp_path))
+    assert_same(one, two)
+    picture = 'samples/epoch_002.png'
+    assert (trained / picture).read_bytes() == (tmp_path / picture).read_bytes()
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--overwrite', '--seed', '1',
+                '--epochs', '1'])
+    weight = '/weights/head.weight'
+    assert not torch.equal(one[weight], state(tmp_path, 'best.pt')[weight])
+    assert not (tmp_path / picture).exists()  # --overwrite leaves nothing of the old run
+
+
+@pytest.mark.parametrize('flags', [['--model', 'ebm'], ['--px-weight', '0'], ['--contrast', '0'],
+                                   ['--init', 'data'], ['--init', 'noise'],
+                                   ['--init', 'persistent'], ['--precision', 'bf16'],
+                                   ['--step-size', '10', '--noise', '.005', '--grad-clip', '.03']])
+def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
+    """Each choice of model and sampler runs to the end with finite numbers; what it has not
+    measured is empty."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *flags])
+    row = read_log(tmp_path)[-1]
+    assert math.isfinite(float(row['loss'])) and math.isfinite(float(row['val_auroc']))
+    assert (tmp_path / 'best.pt').exists()
+    assert (row['val_accuracy'] == '') == ('ebm' in flags)
+    assert (row['loss_px'] == '') == (row['energy_synth'] == '') == ('0' in flags)
+    assert (row['loss_matching'] == '') == ('--px-weight' in flags)
+    assert (tmp_path / 'samples').exists() == ('--px-weight' not in flags)
+
+
+@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+def test_joint_model_learns(glyphs, tmp_path, precision):
+    """A JEM learns the bars in fp32 and bf16, and uniform noise gets a higher energy than they
+    have."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '90', '--lr',
+                '.003', '--sgld-steps', '6', '--width', '8', '--picture-every', '90',
+                '--precision', precision])
+    assert float(read_log(tmp_path)[-1]['val_accuracy']) > .85
+    model, _ = load_model(tmp_path / 'best.pt')
+    x = data.load_data(str(glyphs), 16).test.batch(torch.arange(24))[0]
+    noise = torch.rand(24, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert np.mean(model.energy(noise)[:, None].numpy() > model.energy(x).numpy()) > .9
+
+
+# --- the guard ------------------------------------------------------------------------------------
+
+def given_up(folder, capsys, *flags):
+    """Train until the guard gives up; returns the last line on the screen and the last event."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(['--out', str(folder), *flags])
+    assert stop.value.code == 2
+    tensors = [value for value in state(folder).values() if torch.is_tensor(value)]
+    assert all(tensor.isfinite().all() for tensor in tensors)  # last.pt is the state before
+    return capsys.readouterr().err.strip().split('\n')[-1], read_log(folder)[-1]['event']
+
+
+def test_guard_gives_up_with_advice(glyphs, tmp_path, capsys):
+    """A hopeless rate trips it MOST_TRIPS times and once more; curves and samples of the failure
+    are left. The message has a line of its own, and the log does not repeat itself."""
+    last, event = given_up(tmp_path, capsys, '--data', str(glyphs), *QUICK, '--lr', '1e30')
+    assert '--lr' in last and 'last.pt' in last and 'not finite' in event
+    assert event.count('not finite') == 1 and re.match(r'[\w.]+: training diverged', last)
+    assert (tmp_path / 'curves.png').exists() and (tmp_path / 'samples').exists()
+    assert not (tmp_path / 'best.pt').exists()
+    assert state(tmp_path)['/run/history/trips'] == train.MOST_TRIPS
+
+
+def test_guard_sees_a_flipped_sign(glyphs, tmp_path, capsys, monkeypatch):
+    """With the contrastive term upside down the gap runs away and no rate helps."""
+    right = train.px_step
+    monkeypatch.setattr(train, 'px_step', lambda real, synth: right(synth, real))
+    monkeypatch.setattr(train, 'WARMUP', 20)
+    last, event = given_up(tmp_path, capsys, '--data', str(glyphs), *QUICK, '--lr', '.01',
+                           '--lr-decay', '1', '--batch-size', '4', '--epochs', '60',
+                           '--matching', '0', '--picture-every', '600')
+    assert 'diverged' in last and '--no-guard' in last and 'energy gap' in event
+
+
+def test_guard_goes_back_and_on(trained, tmp_path, capsys):
+    """NaN in an epoch: one trip, told in the log, and the epoch again with a lower rate, which then
+    comes back. The last line printed tells the trips and the rate."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    broken, pyx_step = [], train.pyx_step
+
+    def break_once(logits, y):
+        broken.append(1)
+        return pyx_step(logits, y) * (math.nan if len(broken) == 2 else 1.)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, 'pyx_step', break_once)
+        train.main(['--out', str(tmp_path), '--resume', '--epochs', '4', '--device', 'cpu'])
+    rows = read_log(tmp_path)
+    assert len(rows) == 4 and 'not finite' in rows[2]['event'] and not rows[3]['event']
+    for row, level in ((rows[2], 1), (rows[3], .75)):
+        rate = 2e-3 * .98 ** (int(row['epoch']) - 1) * int(row['step']) / train.WARMUP
+        assert float(row['lr']) == pytest.approx(rate * train.RETREAT ** level, rel=1e-3)
+    last_line = capsys.readouterr().out.strip().split('\n')[-1]
+    assert f'trips 1, lr {float(rows[3]["lr"]):.2g}' in last_line
+    assert state(tmp_path)['/run/history/trips'] == 1
+
+
+def test_guard_waits_for_a_gap_that_mends_itself():
+    """With one SGLD step the gap is near to .9 of its bound for hundreds of updates. Only a gap at
+    the bound, in the last 50 updates and not the first 500, is trouble; --no-guard lets it be."""
+    guard, free = (train.parse_args(['--device', 'cpu', flag])
+                   for flag in ('--guard', '--no-guard'))
+
+    def trouble(gaps, step=600, args=guard, row=None):
+        updates = [{'loss_px': gap} for gap in gaps]
+        return train.find_trouble(row or {}, {'updates': updates, 'step': step}, args)
+
+    lost = [-9.] * 90 + [-9.7] * 5
+    assert 'gap' in trouble(lost) and not trouble(lost, step=500) and not trouble(lost, args=free)
+    assert not trouble([-9.2] * 9) and not trouble([-9.9] * 90 + [-9.] * 5)
+    assert 'finite' in trouble(lost, args=free, row={'loss': math.nan})
+
+
+# --- the flags ------------------------------------------------------------------------------------
+
+def test_resume_refuses_another_run(trained, tmp_path, refused):
+    """--resume names the flag that differs, or the missing last.pt, and changes nothing."""
+    before = (trained / 'last.pt').read_bytes()
+    resume = partial(refused, train.main, '--out', trained, '--resume', '--device', 'cpu')
+    assert '--width' in resume('--width', 6) and '--conditional' in resume('--no-conditional')
+    assert 'digits' in resume('--data', 'digits')
+    assert 'last.pt' in refused(train.main, '--out', tmp_path, '--resume')
+    assert before == (trained / 'last.pt').read_bytes()
+
+
+def test_a_run_is_not_overwritten_unasked(trained, glyphs, refused):
+    """The message names the three ways out, and every file stays as it is."""
+    before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    message = refused(train.main, '--data', glyphs, '--out', trained, *QUICK)
+    assert all(flag in message for flag in ('--resume', '--overwrite', '--out'))
+    assert before == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+
+
+def test_help_prints_the_real_defaults(capsys):
+    """--help opens with what the script does and prints every default, 0 among them, but no empty
+    one."""
+    with pytest.raises(SystemExit) as stop:
+        train.main(['--help'])
+    text = ' '.join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    assert 'Train an energy-based model' in text and 'default: None' not in text
+    assert 'random seed (default: 0)' in text and 'in an update (default: 32)' in text
