@@ -11,6 +11,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 import ood
 from conftest import bars
 from data import load_data, load_ood, prepare, to_float
+from hints import assert_close
 from model import EnergyModel, load_model, save_checkpoint
 from sampler import sgld
 
@@ -48,12 +49,20 @@ def test_scores_by_hand():
     logits = torch.stack([p.log() + 5, torch.full((3,), 1 / 3).double().log() + 2])
     gradient = torch.tensor([3., 4., 0., 0.]).view(1, 1, 2, 2).repeat(2, 1, 1, 1)
     energy = torch.tensor([-4., 7.])
+    gradient[1] *= -2
     scores = ood.all_scores(logits, energy, gradient)
-    assert scores['energy'] == pytest.approx([-4, 7])
-    assert scores['max_prob'] == pytest.approx([.3, 2 / 3])
-    assert scores['entropy'] == pytest.approx([-(p * p.log()).sum().item(), np.log(3)])
-    assert scores['max_logit'] == pytest.approx([-5 - np.log(.7), -2 + np.log(3)])
-    assert scores['grad_norm'] == pytest.approx([5, 5])
+    assert_close(scores['energy'], [-4., 7.], 'the energy is a score as it is', {
+        'the sign: a high energy is OOD, and a score is higher for OOD': [4., -7.]})
+    assert_close(scores['max_prob'], [.3, 2 / 3], 'max_prob: 1 - max p, with softmax over the K '
+                 'classes of an image, not over the batch', {
+                     'that is the confidence; a score is higher for OOD: 1 - max p': [.7, 1 / 3]})
+    entropy = [-(p * p.log()).sum().item(), np.log(3)]
+    assert_close(scores['entropy'], entropy, 'entropy of p(y|x), at least 0', {
+        'the sign: an entropy is at least 0': [-value for value in entropy]})
+    assert_close(scores['max_logit'], [-5 - np.log(.7), -2 + np.log(3)],
+                 'max_logit is minus the greatest logit of an image')
+    assert_close(scores['grad_norm'], [5., 10.], 'grad_norm: the norm of dE/dx of each image', {
+        'is it the sum of dE/dx? Pixels cancel there; take the norm': [7., -14.]})
     assert list(ood.all_scores(logits[:, :1], energy, gradient)) == ['energy', 'grad_norm']
 
 
@@ -65,11 +74,14 @@ def test_confident_answers_are_no_ties():
     weights = torch.tensor([[30.], [0.]])
     logits, energy, gradient = ood.evaluate(Linear(weights), images, 'cpu')
     high, half = ood.all_scores(logits, energy, gradient)['max_prob'][:2]
-    assert high == pytest.approx(np.exp(-30), rel=1e-2, abs=0) and half > high
+    assert high == pytest.approx(np.exp(-30), rel=1e-2, abs=0) and half > high, (
+        f'a doubt of {high:.3g} instead of {np.exp(-30):.3g}: float32 rounds it; use float64')
     assert torch.allclose(logits[:, :1], 30 * to_float(images).flatten(1).double())
     assert torch.equal(energy, Linear(weights).energy_of_logits(logits))
     p = (logits / .5).softmax(1)[:, 0]  # (N,)
-    assert torch.allclose(gradient.flatten(), (-30 * p).float())
+    wanted = (-30 * p).float()
+    assert_close(gradient.flatten(), wanted, 'dE/dx of each image, from the sum of the energies', {
+        'is it from the mean over the batch? That divides dE/dx by its size': wanted / ood.BATCH})
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -86,9 +98,15 @@ def test_metrics_by_hand(score_id, score_ood, fpr95, aupr):
     score_id, score_ood = np.array(score_id, float), np.array(score_ood, float)
     pairs = np.subtract.outer(score_ood, score_id)
     row = ood.detection(score_id, score_ood, resamples=2)
-    assert row['auroc'] == pytest.approx((np.sign(pairs) + 1).mean() / 2)
-    assert row['fpr95'] == pytest.approx(fpr95)
-    assert aupr is None or row['aupr'] == pytest.approx(aupr)
+    auroc = (np.sign(pairs) + 1).mean() / 2
+    assert_close(row['auroc'], auroc, 'AUROC: share of pairs in which OOD scores higher, of the '
+                 'scores, not of decisions', {
+                     'labels are turned or in another order than scores: OOD is 1': 1 - auroc})
+    assert row['fpr95'] == pytest.approx(fpr95), (
+        f'FPR95 {row["fpr95"]:.3f} instead of {fpr95:.3f}: false alarms, the share of '
+        'in-distribution images at the threshold that finds 95 % of the OOD images')
+    assert aupr is None or row['aupr'] == pytest.approx(aupr), (
+        f'AUPR {row["aupr"]:.3f} instead of {aupr:.3f}: OOD is the positive class')
     assert (row['n_id'], row['n_ood']) == (len(score_id), len(score_ood))
 
 
@@ -99,7 +117,10 @@ def test_bootstrap_is_the_auroc_of_the_draws():
     draw = np.random.default_rng(5)
     for auroc in ood.bootstrap_auroc(score_id, score_ood, 5, 20):
         drawn = np.concatenate([draw.choice(score_id, 50), draw.choice(score_ood, 30)])
-        assert auroc == pytest.approx(roc_auc_score(np.repeat([0, 1], [50, 30]), drawn), abs=1e-12)
+        wanted = roc_auc_score(np.repeat([0, 1], [50, 30]), drawn)
+        assert auroc == pytest.approx(wanted, abs=1e-12), (
+            f'{auroc:.4f} instead of {wanted:.4f}: both sets are drawn anew with replacement, '
+            'and ties count half')
 
 
 def test_interval_has_the_right_width():
@@ -122,8 +143,12 @@ def test_threshold_keeps_95_percent(pixels, threshold):
     images = torch.from_numpy(pixels.astype(np.uint8)).view(-1, 1, 1, 1)
     data = types.SimpleNamespace(val=types.SimpleNamespace(images=images))
     model = Linear(torch.tensor([[-1.]]))  # K = 1: E(x) = x
-    found = ood.find_threshold(model, data, 'cpu')
-    assert found == pytest.approx(to_float(torch.tensor(threshold)).item())
+    data.test = data.train = types.SimpleNamespace(images=255 - 0 * images)
+    found, wanted = ood.find_threshold(model, data, 'cpu'), to_float(torch.tensor(threshold)).item()
+    assert found == pytest.approx(wanted), (
+        f'threshold {found:.3f} instead of {wanted:.3f}: ' + (
+            'is it that of the test set? It must come from the validation images' if found == 1
+            else 'at or below it lie 95 % of the validation energies, not 5 %'))
 
 
 # --- trust ----------------------------------------------------------------------------------------
@@ -134,7 +159,8 @@ def test_ece_by_hand():
     p = torch.tensor([.8, .8, .8, .8, .6, .6], dtype=torch.float64)
     logits = torch.stack([p, 1 - p], 1).log()
     ece, confidence, accuracy = ood.reliability(logits, torch.tensor([0, 0, 0, 1, 0, 0]))
-    assert ece == pytest.approx((4 * .05 + 2 * .4) / 6)
+    assert_close(ece, (4 * .05 + 2 * .4) / 6, 'ECE: mean of |accuracy - confidence| of the bins', {
+        'errors of bins cancel: take the absolute value of each': (2 * .4 - 4 * .05) / 6})
     assert confidence.tolist() == pytest.approx([.6, .8])
     assert accuracy.tolist() == pytest.approx([1, .75])
     p = torch.tensor([.95, 1.], dtype=torch.float64)  # right, wrong
@@ -271,8 +297,10 @@ def test_report(trained, others, glyphs, tmp_path, capsys, monkeypatch):
         logits = [model.get_logits(to_float(x)).double()
                   for x in (data.test.images, load_ood('noise', data))]  # (24, 3) both
         auroc = roc_auc_score(np.repeat([0, 1], 24), model.energy_of_logits(torch.cat(logits)))
-        row = rows[pairs.index(('noise', score))]
-        assert float(row['auroc']) == pytest.approx(auroc, abs=1e-5)
+        found = float(rows[pairs.index(('noise', score))]['auroc'])
+        assert found == pytest.approx(auroc, abs=1e-5), (
+            f'AUROC of {score} {found:.4f} instead of {auroc:.4f}: with the rest of 1, test images '
+            'and OOD images are exchanged')
         accuracy = (logits[0].argmax(1) == data.test.labels).float().mean()
         p, y = logits[0].softmax(1), data.test.labels  # (24, 3), (24,)
         auprc = np.mean([average_precision_score(y == k, p[:, k]) for k in range(3)])
@@ -345,8 +373,10 @@ def test_check(trained, others, glyphs, tmp_path, refused):
     logits = model.get_logits(to_float(prepare(raw, 16)))
     for row, f, energy in zip(rows, logits, model.energy_of_logits(logits).tolist()):
         assert float(row['energy']) == pytest.approx(energy, rel=1e-4)
-        assert row['verdict'] == ('OOD' if energy > threshold else 'in-distribution')
-        assert row['class'] == data.class_names[f.argmax()]
+        assert row['verdict'] == ('OOD' if energy > threshold else 'in-distribution'), (
+            'an image is OOD if its energy is above the threshold')
+        assert row['class'] == data.class_names[f.argmax()], (
+            'the class of an image has the lowest E(x, y), which is the greatest logit')
         assert float(row['confidence']) == pytest.approx(f.softmax(0).max().item(), rel=1e-4)
     assert {row['verdict'] for row in rows} == {'OOD', 'in-distribution'}
 
