@@ -9,8 +9,9 @@ def assert_close(seen, expected, hint, slips=(), **tolerance):
     expected = torch.as_tensor(expected, dtype=seen.dtype)
     for slip, given in dict(slips).items():
         given = torch.as_tensor(given, dtype=seen.dtype)
-        if given.shape == seen.shape and not torch.allclose(given, expected, rtol=1e-3, atol=1e-7):
-            if torch.allclose(seen, given, rtol=1e-3, atol=1e-7):
+        if given.shape == seen.shape == expected.shape:
+            far, near = (given - expected).abs().max(), (given - seen).abs().max()
+            if near < .02 * far:
                 hint = slip
                 break
     torch.testing.assert_close(seen, expected, **tolerance,

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import bars
+from hints import assert_close
 from PIL import Image
 from torchvision.datasets import MNIST
 
@@ -48,9 +49,10 @@ def counts(loaded):
 def test_range_mapping_and_its_inverse():
     """uint8 -> [-1, 1] -> uint8 is the identity on all 256 levels; the ends are -1 and 1."""
     levels = torch.arange(256, dtype=torch.uint8)
-    assert torch.equal(to_uint8(to_float(levels)), levels)
-    assert to_float(levels)[0] == -1 and to_float(levels)[-1] == 1
-    assert to_uint8(torch.tensor([-9., 9.])).tolist() == [0, 255]
+    assert_close(to_float(levels)[[0, -1]], [-1., 1.], 'pixels lie in [-1, 1], and both ends occur')
+    assert torch.equal(to_uint8(to_float(levels)), levels), 'round to the nearest level'
+    assert to_uint8(torch.tensor([-9., 9.])).tolist() == [0, 255], (
+        'clamp before the change to uint8, or what lies outside wraps around')
 
 
 def test_prepare_is_the_course_preprocessing():
@@ -59,23 +61,34 @@ def test_prepare_is_the_course_preprocessing():
     image[..., 20, 30], image[..., 20, 31] = -1., 2.
     done = prepare(image, 40)
     assert done.shape == (1, 1, 40, 40) and done.dtype == torch.uint8
-    assert done.min() == 0 and done.max() == 255
-    cropped = image[..., 10:50]  # it has the right height already
-    assert torch.equal(done, to_uint8(2 * (cropped + 1) / 3 - 1))
-    assert torch.equal(prepare(1000 * image - 7, 40), done)
+    assert done.min() == 0 and done.max() == 255, (
+        f'from {done.min()} to {done.max()}: min-max gives [0, 1], and to_uint8 takes [-1, 1]')
+    share = (image + 1) / 3  # it has the right height already
+    assert_close(done.int(), share[..., 10:50].mul(255).round().int(),
+                 'only the shorter side is brought to the size, and the longer one in proportion', {
+                     'cropped at a corner: take the centre': share[..., :40].mul(255).round(),
+                     'min-max is missing': image[..., 10:50].mul(255).round().clamp(0, 255)})
+    assert torch.equal(prepare(1000 * image - 7, 40), done), 'min-max: the range has no say'
+    pair = prepare(torch.cat([image, 9 * image - 7]), 40)
+    assert torch.equal(pair[:1], pair[1:]), 'min-max of each image, not of the batch'
+    colour = prepare(torch.cat([image, image / 2 - .5, image / 4 - .75], 1), 40)  # (1, 3, 40, 40)
+    assert_close(colour.amax((2, 3)).int(), [[255, 128, 64]],
+                 'min-max of the whole image: each channel by itself would change its colours')
 
 
 def test_prepare_antialiases():
     """Shrinking to a quarter averages: of stripes one pixel in four, a quarter of the ink stays."""
     stripes = (torch.arange(64) % 4 == 0).expand(64, 64)
     shrunk = prepare(stripes[None, None], 16).float()[..., 1:-1]
-    assert (shrunk - 63.75).abs().max() < 25
+    assert (shrunk - 63.75).abs().max() < 25, (
+        f'levels from {shrunk.min():.0f} to {shrunk.max():.0f} instead of 64: is antialias on?')
 
 
 def test_constant_images_stay_finite():
     """A constant image, of whatever value, is no division by zero."""
     for value in (0., 7., -1e30, 3e38):
-        assert prepare(torch.full((2, 1, 20, 20), value), 16).eq(0).all()
+        assert prepare(torch.full((2, 1, 20, 20), value), 16).eq(0).all(), (
+            'a constant image becomes 0: is its range, 0, a divisor? That gives NaN')
 
 
 def test_float_images_are_not_mapped_twice():
@@ -248,14 +261,18 @@ def test_class_folder_is_split_70_15_15(tmp_path):
             image = random.integers(0, 256, size, dtype=np.uint8)
             Image.fromarray(image).save(tmp_path / name / f'{i}.png')
     first, again, other = (load_data(str(tmp_path), 16, seed=seed) for seed in (0, 0, 1))
-    assert first.class_names == ['A', 'b'] and first.train.images.shape == (28, 1, 16, 16)
+    assert first.class_names == ['A', 'b'] and len(first.train) == 28, (
+        f'{len(first.train)} instead of 28: what goes to val and test leaves train')
+    assert first.train.images.shape == (28, 1, 16, 16)
     splits = [first.train, first.val, first.test]
     for split in splits:
-        assert split.labels.bincount().tolist() == [len(split) // 2] * 2
-    assert torch.equal(first.test.images, again.test.images)
+        assert split.labels.bincount().tolist() == [len(split) // 2] * 2, (
+            'stratified: each class has the same share in each split')
+    assert torch.equal(first.test.images, again.test.images), 'the same seed gives the same split'
     assert not torch.equal(first.test.images, other.test.images)
     everything = torch.cat([split.images for split in splits])
-    assert len(everything.flatten(1).unique(dim=0)) == 40
+    assert len(everything.flatten(1).unique(dim=0)) == 40, (
+        'each image is in one split: are val and test the same, or is one still in train?')
 
 
 def test_hidden_files_and_links(tmp_path):
@@ -431,8 +448,10 @@ def test_course_folder(glyphs, capsys):
     loaded = load_data(str(glyphs), 16)
     assert counts(loaded) == [60, 24, 24] and not capsys.readouterr().err
     assert loaded.class_names == ['stand', 'lie', 'lean'] and list(loaded.ood) == ['ood_ta']
-    x, y = loaded.train.batch(torch.tensor([0, 1, 2]))
-    assert x.shape == (3, 1, 16, 16) and x.dtype == torch.float32 and y.tolist() == [0, 1, 2]
+    x, y = loaded.train.batch(torch.tensor([5, 3, 1]))
+    assert x.shape == (3, 1, 16, 16) and x.dtype == torch.float32
+    assert y.tolist() == [2, 0, 1], 'these are labels of other images: both take the same positions'
+    assert not torch.equal(loaded.val.images, loaded.test.images), 'val holds the test images'
     assert x.min() >= -1 and x.max() <= 1
 
 
@@ -679,6 +698,8 @@ def test_letterpress_cache(small_press, tmp_path, monkeypatch, damage):
     path.write_bytes({'cut': content[:len(content) // 2], 'empty': b''}.get(damage, content))
     printed, render = [], data.print_letterpress
     monkeypatch.setattr(data, 'print_letterpress', lambda n: printed.append(n) or render(n))
+    for name, images in fresh.ood.items():
+        assert images.shape[1:] == (1, 16, 16), f'{name}: OOD sets pass through prepare, too'
     again = load_data('letterpress', 16, tmp_path)
     assert torch.equal(fresh.train.images, again.train.images)
     assert len(printed) == (damage != 'none') and list(tmp_path.iterdir()) == [path]
@@ -691,8 +712,12 @@ def test_ood_sets_fit_the_data(glyphs):
     loaded = load_data(str(glyphs), 16)
     for name in ('ood_ta', *data.MADE, 'digits'):
         images = load_ood(name, loaded)
-        assert images.shape[1:] == loaded.test.images.shape[1:] and images.dtype == torch.uint8
+        assert images.shape[1:] == loaded.test.images.shape[1:] and images.dtype == torch.uint8, (
+            f'{name}: an OOD set passes through prepare and has the size and channels of the data')
         assert torch.equal(images, load_ood(name, loaded))
+    raw = torch.from_numpy(np.load(glyphs / 'ood_ta.npy'))[:, None]  # (N, 1, 20, 20)
+    assert torch.equal(load_ood('ood_ta', loaded), prepare(raw, 16)), (
+        'OOD images pass through prepare like the data, or their range gives them away')
     assert not torch.equal(load_ood('noise', loaded, 3), load_ood('noise', loaded, 4))
     with pytest.raises(DataError, match='ood_ta, .*noise, .*letterpress, digits, mnist'):
         load_ood('ood_tb', loaded)
@@ -705,10 +730,15 @@ def test_changed_images_keep_the_contrast_of_those_they_came_from(glyphs):
     test = loaded.test.images
     for name in set(data.MADE) - {'constant'}:
         made = load_ood(name, loaded)
-        assert torch.equal(made.amin((1, 2, 3)), test.amin((1, 2, 3))), name
-        assert torch.equal(made.amax((1, 2, 3)), test.amax((1, 2, 3))), name
+        for end in (torch.amin, torch.amax):
+            assert torch.equal(end(made, (1, 2, 3)), end(test, (1, 2, 3))), (
+                f'{name}: has another range than the test images, which gives it away')
         assert not (made == test).flatten(1).all(1).any(), name
-    assert torch.equal(load_ood('flipped', loaded), test.flip(2, 3))
+    turned = torch.from_numpy(test.numpy()[:, :, ::-1, ::-1].copy())
+    assert torch.equal(load_ood('flipped', loaded), turned), 'flipped: over both axes'
+    for name in ('noisy', 'noise', 'gaussian'):
+        first, second = data.MADE[name](torch.zeros(2, 1, 8, 8), torch.Generator().manual_seed(0))
+        assert not torch.equal(first, second), f'{name}: all images get the same noise'
     assert torch.equal(load_ood('rotated', loaded).rot90(-1, (2, 3)), test)
     noise = data.stretch(load_ood('noise', loaded).float())
     assert abs(noise.mean() - .5) < .01 and abs(noise.std() - 12 ** -.5) < .01

@@ -11,6 +11,7 @@ import data
 import generate
 import train
 from conftest import QUICK, bars
+from hints import assert_close
 from model import load_model
 from sampler import sgld
 
@@ -72,6 +73,7 @@ def run(ckpt, out, *flags, mode='samples'):
     steps = [] if mode == 'concepts' else ['--steps', '6']
     words = ['--ckpt', ckpt, '--out', out, *CPU, '--mode', mode, *steps, *flags]
     generate.main([str(word) for word in words])
+    assert (out / f'{mode}.npy').stat().st_size, f'save the images in {mode}.npy'
     return np.load(out / f'{mode}.npy')
 
 
@@ -153,7 +155,8 @@ def test_image_7_is_image_7(plain, tmp_path):
     few = run(plain, tmp_path / 'few', '--count', 1)
     many = run(plain, tmp_path / 'many', '--count', 5)
     assert len(many) == 40 and np.array_equal(few, many[:8])
-    assert len(np.unique(many.reshape(40, -1), axis=0)) == 40
+    assert len(np.unique(many.reshape(40, -1), axis=0)) == 40, (
+        'images share their noise: each one has a stream of its own, also in the second chunk')
 
 
 def test_start_noise(plain):
@@ -161,8 +164,10 @@ def test_start_noise(plain):
     checkpoint = load_model(plain)[1]
     streams, z = generate.start_noise(8, checkpoint, parse('--seed', 0))
     _, other = generate.start_noise(8, checkpoint, parse('--seed', 1))
-    assert abs(z.std() - .1) < 4 * .1 / (2 * z.numel()) ** .5
-    assert len(torch.cat([z, other]).flatten(1).unique(dim=0)) == 16
+    assert abs(z.std() - .1) < 4 * .1 / (2 * z.numel()) ** .5, (
+        f'deviation {z.std():.3f} instead of .1: starts are N(0, 0.01)')
+    assert len(torch.cat([z, other]).flatten(1).unique(dim=0)) == 16, (
+        'image 1 of seed 0 is image 0 of seed 1, or all images share their noise')
     assert len({torch.randn(1, generator=stream).item() for stream in streams}) == 8
 
 
@@ -173,7 +178,10 @@ def test_labels_are_as_frequent_as_in_the_data(plain):
     checkpoint['data'] = {**checkpoint['data'], 'class_counts': {'train': [30, 10, 0]}}
     y, *_ = generate.start_samples(400, 1, checkpoint, parse())
     counts = y.bincount(minlength=3)
-    assert counts[2] == 0 and abs(counts[1] / 400 - .25) < 4 * (.25 * .75 / 400) ** .5
+    assert counts[2] == 0 and abs(counts[1] / 400 - .25) < 4 * (.25 * .75 / 400) ** .5, (
+        f'{counts.tolist()} labels of 400: they are as frequent as in the data, 3 to 1 to 0')
+    y, *_ = generate.start_samples(99, 2, checkpoint, parse('--classes', 'lie', 'stand', 'lean'))
+    assert y.tolist() == [1, 1, 0, 0, 2, 2], f'{y.tolist()}: a row holds one class'
     checkpoint['args']['conditional'] = False
     assert generate.start_samples(4, 1, checkpoint, parse())[0] is None
 
@@ -184,7 +192,8 @@ def test_class_names_that_are_numbers(refused):
         return lambda names: generate.class_labels(names, {'class_names': known}, parse()).tolist()
 
     letters, numbers = 'a b c'.split(), [str(i) for i in range(1, 12)]
-    assert labels(letters)(['c', 'a', 'b']) == [2, 0, 1] and labels(numbers)(['1', '11']) == [0, 10]
+    for names, known, wanted in [('cab', letters, [2, 0, 1]), (['1', '11'], numbers, [0, 10])]:
+        assert labels(known)([*names]) == wanted, 'a label is the place of the name among the known'
     for known, name in [(numbers, '0'), (letters, '0'), (letters, '3'), (letters, '-1')]:
         line = refused(labels(known), name)
         assert f'--classes {name}' in line and line.endswith(' '.join(known))
@@ -194,12 +203,17 @@ def test_guidance(warm):
     """Any w is E(x, y) - (w - 1) log softmax f(x)[y], so w = 1 is E(x, y) and w = 0 does not depend
     on y; i looks the labels up."""
     model = load_model(warm)[0]
-    x, y, i = torch.rand(5, 1, 16, 16), torch.tensor([2, 1, 0]), torch.tensor([2, 1, 0, 2, 2])
+    x, y, i = torch.rand(5, 1, 16, 16), torch.tensor([2, 1, 0, 0, 1]), torch.tensor([2, 1, 0, 2, 2])
     log_p = model.get_logits(x).log_softmax(1)[torch.arange(5), y[i]]  # (B, K) -> (B,)
-    for w in (0., 1., 3.5):
+    e = model.energy(x, y[i])  # (B,)
+    for w in (1., 0., 3.5):
         energy = generate.guided(model, y, parse('--guidance', w))(x, i)
-        wanted = model.energy(x, y[i]) - (w - 1) * log_p  # (B,)
-        torch.testing.assert_close(energy, wanted, rtol=1e-5, atol=1e-6)
+        assert_close(energy, e - (w - 1) * log_p, 'E(x, y) - (w - 1) log p(y|x)', {
+            'the labels are ignored': model.energy(x) - (w - 1) * log_p,
+            'chain i has the label y[i], wherever it is in the batch':
+                model.energy(x, y) - (w - 1) * log_p,
+            'the sign of the guidance: more of it asks for a higher p(y|x)': e + (w - 1) * log_p,
+            'w = 1 is E(x, y) alone': e - w * log_p}, rtol=1e-5, atol=1e-6)
     free = generate.guided(model, y, parse('--guidance', 0))(x, i)
     torch.testing.assert_close(free, -model.get_logits(x).logsumexp(1), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(generate.guided(model, y, parse())(x, i), model.energy(x, y[i]))
@@ -237,7 +251,8 @@ def test_energies_of_a_chain(plain, tmp_path, monkeypatch):
     states = run(steep, tmp_path, '--classes', 'lie', 'stand', mode='chain')  # (2 * 5, 1, 16, 16)
     y = torch.tensor([1, 0]).repeat_interleave(5)
     energies = load_model(steep)[0].energy(torch.from_numpy(states), y)
-    assert below == [f'{e:.2f}' for e in energies.tolist()] and len(set(below)) > 5
+    assert below == [f'{e:.2f}' for e in energies.tolist()] and len(set(below)) > 5, (
+        f'{below[:5]} ...: below a state stands its own energy')
 
 
 def test_states_of_many_chains(plain):
@@ -249,8 +264,12 @@ def test_states_of_many_chains(plain):
     x, states = generate.draw(generate.guided(model, y, args), start, args, keep=[0, 2])
     assert torch.equal(states[0], start) and list(states) == [0, 2, 3]
     for steps, state in {2: states[2], 3: x}.items():
-        wanted = sgld(lambda x: model.energy(x, y), start, steps, 20., 0.)
-        torch.testing.assert_close(state, wanted)
+        ways = [sgld(energy, start, steps, 20., 0.) for energy in (
+            lambda x: model.energy(x, y), lambda x: -model.energy(x, y),
+            lambda x: model.energy(x, torch.cat([y[:32], y[:8]])))]
+        assert_close(state, ways[0], f'the states after {steps} steps', {
+            'chains go down in E: the sign': ways[1],
+            'the second chunk of chains has the labels of the first': ways[2]})
 
 
 # --- interpolate ----------------------------------------------------------------------------------
@@ -275,7 +294,9 @@ def test_mixed_noise_keeps_its_variance(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, 'draw', spy)
     run(plain, tmp_path, '--count', 20, mode='interpolate')
     variance = starts[0].unflatten(0, (20, 9)).var(dim=(0, 2, 3, 4))  # (9,) of 20 * 256 values
-    assert (abs(variance - .01) < 4 * .01 * (2 / (20 * 256)) ** .5).all()
+    assert (abs(variance - .01) < 4 * .01 * (2 / (20 * 256)) ** .5).all(), (
+        f'variances {variance.min():.4f} to {variance.max():.4f} instead of .01: mixed by sqrt(rho)'
+        ' and its counterpart, noises keep their variance; mixed by rho they do not')
 
 
 # --- reconstruct ----------------------------------------------------------------------------------
@@ -318,7 +339,7 @@ def test_known_pixels_are_untouched(plain, tmp_path, mask):
     assert (abs(start[missing]) == 1).all() == (mask == 'salt-and-pepper')
     for completion in (1, 2, 3, 4, 5, 6):
         known = columns[:, completion:completion + 1][~missing]
-        assert np.array_equal(known, image[~missing])
+        assert np.array_equal(known, image[~missing]), 'known pixels are held, missing ones move'
     assert (columns[:, 3:4] != start)[missing].mean() > .5  # some black and white ones stay
     assert not np.array_equal(columns[:, 3], columns[:, 4])
     mean = columns[:, 3:6].mean(axis=1, keepdims=True)
@@ -333,7 +354,7 @@ def test_psnr():
     that are asked for count."""
     x = torch.zeros(2, 3, 4, 4)
     y = x + torch.tensor([.2, .02]).view(2, 1, 1, 1)
-    torch.testing.assert_close(generate.psnr(y, x), torch.tensor([20., 40.]))
+    assert_close(generate.psnr(y, x), [20., 40.], 'PSNR for a range of 2, from -1 to 1')
     where = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     where[..., 0] = True
     y[..., 1:] = 1.
@@ -385,7 +406,8 @@ def test_data_term_holds_to_the_noisy_image(plain, tmp_path):
         return x.transpose(1, 0, 2, 3)
 
     image, noisy, _, done = columns(.04, 1e-6)
-    np.testing.assert_allclose(done, noisy, atol=1e-4)
+    np.testing.assert_allclose(done, noisy, atol=1e-4, err_msg='a pull of 1 / s^2: the variance, '
+                               'not the deviation, says how far to trust the noisy image')
     inside = abs(image) < .3  # where clamping changes nothing
     deviation = (noisy - image)[inside].std()
     assert inside.sum() > 20 and abs(deviation - .2) < .2 * 4 / (2 * inside.sum()) ** .5
@@ -447,9 +469,11 @@ def test_compositions_of_two_energies(warm, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, 'draw', spy)
     run(warm, tmp_path, '--classes', 'stand', 'lie', '--count', 2, mode='compose')
     mixture = -.5 * float(np.log(np.exp(-1 / .5) + np.exp(-2 / .5)))
-    wanted = torch.tensor([1., 2., 3., mixture, .6]).repeat_interleave(2)
+    wanted = {'E1': 1., 'E2': 2., 'a product of laws is a sum of energies': 3.,
+              'the mixture adds the densities': mixture, 'the negation: 1, and not 2': .6}
     for energy in energies:
-        torch.testing.assert_close(energy, wanted)
+        for name, pair, value in zip(wanted, energy.view(5, 2), wanted.values()):
+            assert_close(pair, [value, value], name)
 
 
 def test_experts_share_their_noise(plain, tmp_path):
@@ -528,7 +552,8 @@ def test_frechet_distance_of_normal_laws():
     z = z @ torch.linalg.inv(torch.linalg.cholesky(z.T.cov())).T  # covariance 1 exactly
     a = z * torch.tensor([1., 2., 3.])
     b = z * torch.tensor([2., 2., 1.]) + torch.tensor([0., 3., 0.])
-    assert generate.frechet_distance(a, b) == pytest.approx(1 + 4 + 9, rel=1e-6)
+    found = generate.frechet_distance(a, b)
+    assert found == pytest.approx(1 + 4 + 9, rel=1e-6), f'Frechet distance {found:.3f}, not 14'
     assert generate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
