@@ -253,21 +253,22 @@ def test_an_update_descends_the_sum_of_its_terms(monkeypatch, glyphs, tmp_path, 
     e_real, e_synth = (-T * (f / T).logsumexp(1) for f in (f_real, f_synth))  # (B,) both
     terms = {'px_step, energy of the data': (e_real.mean(), px * contrast),
              'px_step, energy of the samples': (e_synth.mean(), -px * contrast),
-             'L2': ((e_real ** 2).mean() + (e_synth ** 2).mean(), px * contrast * alpha),
+             'L2 (alpha)': ((e_real ** 2).mean() + (e_synth ** 2).mean(), px * contrast * alpha),
              'cross-entropy (pyx_weight)': (F.nll_loss(f_real.log_softmax(1), y), pyx)}
     if matching:
         valley = train.matching_step(lambda x: -model.get_logits(x)[torch.arange(len(y)), y],
                                      x_real, seen['away'], 40.)
-        terms['matching'] = valley, px * matching
+        terms['matching (--matching)'] = valley, px * matching
     gradients = torch.stack([flat_gradient(term, model) for term, _ in terms.values()], 1)  # (P, L)
     wanted = torch.tensor([factor for _, factor in terms.values()]).double()  # (L,)
     found = torch.cat([gradient.flatten() for gradient in seen['gradients']]).double()  # (P,)
     factors = torch.linalg.lstsq(gradients, found[:, None]).solution[:, 0]  # (L,)
     for name, factor, right in zip(terms, factors.tolist(), wanted.tolist()):
+        slips = {'is the term forgotten, or detached?': 0., 'does it count twice?': 2 * right,
+                 'is the sign wrong, are data and samples exchanged?': -right,
+                 'is its weight missing, the flag of the command line?': 1. if right > 0 else -1.}
         assert factor == pytest.approx(right, rel=.01, abs=.01), (
-            f'{name}: factor {factor:.3g} instead of {right:.3g}. 0: is it forgotten or detached? '
-            'The opposite: are data and samples exchanged? Another: is a weight such as alpha '
-            'missing, or does a term count twice?')
+            f'{name}: factor {factor:.3g} instead of {right:.3g}: {nearest_slip(factor, slips)}')
     assert_close(found, gradients @ wanted, 'the gradient of the weights', rtol=1e-3, atol=1e-5)
 
 
