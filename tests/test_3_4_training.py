@@ -199,6 +199,7 @@ def test_chains_follow_the_labels_of_the_batch(monkeypatch, glyphs, tmp_path):
     """Each chain comes from the ring of its label, moves along E(x, y) for this label, and returns
     to its slot."""
     seen = first_update(monkeypatch, glyphs, tmp_path)
+    assert 'stored' in seen, 'store the samples, or no chain ever goes on'
     y, reservoir = seen['batch'][1], seen['reservoir']
     assert torch.equal(seen['ring'], y), 'image i gets a chain of its own label, that of ring i'
     assert torch.equal(seen['moved'], seen['start']), 'chains start where the reservoir left them'
@@ -211,7 +212,6 @@ def test_chains_follow_the_labels_of_the_batch(monkeypatch, glyphs, tmp_path):
     settings = {key: seen['settings'][key] for key in ('steps', 'noise', 'step_size')}
     assert settings == {'steps': 2, 'noise': .02, 'step_size': pytest.approx(.64)}, (
         f'{settings}: chains of the training have the steps, the noise and the step of its flags')
-    assert 'stored' in seen, 'store the samples, or all chains start afresh'
     slot, x_synth = seen['stored']
     assert torch.equal(slot, seen['slot']), 'store a chain in the slot that it came from'
     assert torch.equal(x_synth, seen['x_synth']), 'store where the chain ended, not where it began'
