@@ -2,8 +2,6 @@
 import os
 import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,31 +95,6 @@ def test_float_images_are_not_mapped_twice():
     """to_float takes uint8 only."""
     with pytest.raises(TypeError, match='float'):
         to_float(torch.zeros(1, 1, 4, 4))
-
-
-SUMS = """
-data.PRINTS, data.EXTRAS = {'a': 20, 'Q': 20}, 10
-arrays = data.print_letterpress(0)
-images = torch.arange(48 * 256).view(48, 1, 16, 16).mul(37).byte()
-split = data.Split(images, torch.zeros(48).long())
-arrays |= {name: data.load_ood(name, data.Data(split, split, split, ['a'])) for name in data.MADE}
-sums = [int(array.long().sum()) for array in arrays.values()]
-"""
-
-
-def test_nothing_of_the_callers_is_changed_or_matters(monkeypatch):
-    """A notebook's plots stay on, and the pixels of letterpress and OOD sets are the same where
-    float64 is the default type and standard error is closed, as pythonw does."""
-    code = ('import matplotlib, sys, torch\nmatplotlib.use("svg")\nsys.stderr = None\n'
-            f'torch.set_default_dtype(torch.float64)\nimport data{SUMS}'
-            'print(sums, matplotlib.get_backend(), torch.ones(1).dtype)')
-    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
-                          cwd=Path(data.__file__).parent)
-    monkeypatch.setattr(data, 'PRINTS', {})  # they are put back after the test
-    monkeypatch.setattr(data, 'EXTRAS', 0)
-    names = {'data': data, 'torch': torch}
-    exec(SUMS, names)
-    assert done.stdout.strip() == f"{names['sums']} svg torch.float64", done.stderr
 
 
 # --- image files ----------------------------------------------------------------------------------
@@ -833,13 +806,6 @@ def test_grid_is_a_picture_with_all_its_images(size, tmp_path):
         if level in to_uint8(levels[:2]):  # the first two images: a gap is on their right
             gap = picture[top - 12:top - 1, left + side:left + side + 4]
             assert (gap == 255).all(0).any(), level
-
-
-def test_grids_that_are_too_large_for_matplotlib_are_drawn_smaller(tmp_path):
-    """After hours of sampling a picture is written, however many images there are."""
-    data.save_grid(torch.rand(1, 1, 66_000, 56), tmp_path / 'g.png', 1)
-    with Image.open(tmp_path / 'g.png') as picture:
-        assert 50_000 < picture.height < 2 ** 16
 
 
 def test_examples_of_each_class(glyphs, tmp_path, refused, monkeypatch):

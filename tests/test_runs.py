@@ -1,13 +1,17 @@
-"""Whole runs of train.py: logs, --resume, the guard and the flags. No course task asks for them, so
-that `pytest -m task34` leaves them out."""
+"""What no course task asks for, so that `pytest -m task34` is quick without it: whole runs of
+train.py, logs, --resume, the guard, the flags, and two slow checks of data.py."""
 import math
 import re
 import shutil
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import train
@@ -261,3 +265,37 @@ def test_help_prints_the_real_defaults(capsys):
     assert stop.value.code == 0
     assert 'Train an energy-based model' in text and 'default: None' not in text
     assert 'random seed (default: 0)' in text and 'in an update (default: 32)' in text
+
+
+# --- notebooks and large pictures -----------------------------------------------------------------
+
+SUMS = """
+data.PRINTS, data.EXTRAS = {'a': 20, 'Q': 20}, 10
+arrays = data.print_letterpress(0)
+images = torch.arange(48 * 256).view(48, 1, 16, 16).mul(37).byte()
+split = data.Split(images, torch.zeros(48).long())
+arrays |= {name: data.load_ood(name, data.Data(split, split, split, ['a'])) for name in data.MADE}
+sums = [int(array.long().sum()) for array in arrays.values()]
+"""
+
+
+def test_nothing_of_the_callers_is_changed_or_matters(monkeypatch):
+    """A notebook's plots stay on, and the pixels of letterpress and OOD sets are the same where
+    float64 is the default type and standard error is closed, as pythonw does."""
+    code = ('import matplotlib, sys, torch\nmatplotlib.use("svg")\nsys.stderr = None\n'
+            f'torch.set_default_dtype(torch.float64)\nimport data{SUMS}'
+            'print(sums, matplotlib.get_backend(), torch.ones(1).dtype)')
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                          cwd=Path(data.__file__).parent)
+    monkeypatch.setattr(data, 'PRINTS', {})  # they are put back after the test
+    monkeypatch.setattr(data, 'EXTRAS', 0)
+    names = {'data': data, 'torch': torch}
+    exec(SUMS, names)
+    assert done.stdout.strip() == f"{names['sums']} svg torch.float64", done.stderr
+
+
+def test_grids_that_are_too_large_for_matplotlib_are_drawn_smaller(tmp_path):
+    """After hours of sampling a picture is written, however many images there are."""
+    data.save_grid(torch.rand(1, 1, 66_000, 56), tmp_path / 'g.png', 1)
+    with Image.open(tmp_path / 'g.png') as picture:
+        assert 50_000 < picture.height < 2 ** 16
