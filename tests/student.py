@@ -4,10 +4,10 @@
     python tests/student.py --out exercise --tasks 3.2 3.3    these only, the others stay solved
 
 A function of TASKS keeps its signature and docstring. Its body becomes a comment, with the shapes
-on the way, and an error with the name of the task. All other text stays byte for byte. What quotes a
-removed line in README.md is left out: a paragraph, or of code and tables the line. The lecturer's
-own files are not copied, and the project itself is never written to. Below README's title stands
-which function belongs to which task. tests/check.py checks what students return.
+on the way, and an error with the name of the task. All other text stays byte for byte. README.md
+gets a table of the tasks below its title and loses what quotes a removed line: a paragraph, or of
+code and tables the line. The lecturer's own files are not copied. The project itself is never
+written to. tests/check.py checks what students return.
 """
 import argparse
 import ast

@@ -69,18 +69,37 @@ def test_signature_and_docstring_stay(exercise, task, file, name):
 
 @pytest.mark.parametrize('task', TASKS)
 def test_solutions_put_back_give_the_original(exercise, task, tmp_path):
-    """Byte for byte, so its tests are green again. Beside the script nothing but README differs,
-    and with --tasks the other scripts are the originals."""
+    """Byte for byte, so its tests are green again, and so does the check of the task. Beside the
+    script nothing but README differs, and with --tasks the other scripts are the originals."""
     file, names = TASKS[task]
     original = (PROJECT / file).read_bytes()
     taken_out = (exercise / file).read_bytes().decode()
     assert taken_out.encode() != original
-    assert put_back(taken_out, original.decode(), names).encode() == original
+    solved = put_back(taken_out, original.decode(), names)
+    assert solved.encode() == original
+    assert check.combine(original.decode(), solved, file, names) == solved
+    assert check.combine(original.decode(), taken_out, file, names) == taken_out
     student.main(['--out', str(tmp_path / 'one'), '--tasks', task])
     copies = [path.relative_to(exercise) for path in exercise.rglob('*') if path.is_file()]
     changed = [str(path) for path in copies
                if (tmp_path / 'one' / path).read_bytes() != (PROJECT / path).read_bytes()]
     assert sorted(changed) == sorted(['README.md', file])
+
+
+def test_the_update_and_the_core_of_each_mode_are_gone(exercise):
+    """Where only a part of a function goes, the calls that are its solution have gone with it."""
+    calls = {'train': 'get_logits energy_of_logits pyx_step draw sample store energy px_step '
+                      'l2_step ways_to_noise matching_step zero_grad backward',
+             'samples': 'draw guided', 'chain': 'draw stack', 'load_ood': 'stretch',
+             'interpolate': ''}
+    assert calls.keys() == student.PARTS.keys()
+    for _, file, name in ALL:
+        if name in calls:
+            node = find(ast.parse((exercise / file).read_text()), name)
+            tree = ast.walk(next((n for n in ast.walk(node) if isinstance(n, ast.While)), node))
+            left = {getattr(n.func, 'attr', getattr(n.func, 'id', '')) for n in tree
+                    if isinstance(n, ast.Call)}
+            assert not left & set(calls[name].split()), f'{name} still calls {left}'
 
 
 def test_the_lecturers_files_stay_at_home(exercise):
@@ -178,7 +197,7 @@ class Chain:
         return halve(LIMIT)
 '''
 OWN = '''import math
-LIMIT = 99
+LIMIT, UNUSED = 99, 1
 TWO = 2
 def rest():
     return 'the student'
