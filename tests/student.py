@@ -51,7 +51,8 @@ HINTS = {  # what a docstring does not say and the tests expect
     'all_scores': 'Keys: energy, and for K > 1 max_prob, entropy, max_logit, then grad_norm.'}
 COPIED = ['README.md', 'requirements.txt', '.gitignore', '.github/images/*.png', '*.py',
           'tests/conftest.py', 'tests/hints.py', 'tests/test_3_*.py', 'tests/test_files.py',
-          'tests/faults.py', 'tests/test_mistakes.py', 'tests/test_ranks.py', 'tests/test_gpu.py']
+          'tests/faults.py', 'tests/test_mistakes.py', 'tests/test_ranks.py', 'tests/test_gpu.py',
+          'tests/test_runs.py']
 SHAPE = re.compile(r'\s*([a-z][\w, ]*?),? = .*  # (?:\(.*-> )?(\([^()]*\)(?:, \([^()]*\)| both)*)')
 
 
