@@ -180,8 +180,8 @@ def test_labels_are_as_frequent_as_in_the_data(plain):
     counts = y.bincount(minlength=3)
     assert counts[2] == 0 and abs(counts[1] / 400 - .25) < 4 * (.25 * .75 / 400) ** .5, (
         f'{counts.tolist()} labels of 400: they are as frequent as in the data, 3 to 1 to 0')
-    y, *_ = generate.start_samples(99, 2, checkpoint, parse('--classes', 'lie', 'stand', 'lean'))
-    assert y.tolist() == [1, 1, 0, 0, 2, 2], f'{y.tolist()}: a row holds one class'
+    y, *_ = generate.start_samples(99, 2, checkpoint, parse('--classes', 'stand', 'lie', 'lean'))
+    assert y.tolist() == [0, 0, 1, 1, 2, 2], f'{y.tolist()}: a row holds one class'
     checkpoint['args']['conditional'] = False
     assert generate.start_samples(4, 1, checkpoint, parse())[0] is None
 
@@ -257,6 +257,9 @@ def test_energies_of_a_chain(plain, tmp_path, monkeypatch):
 
 def test_states_of_many_chains(plain):
     """`draw` returns the states asked for, chunk by chunk, in the order of the chains."""
+    def streams():
+        return [torch.Generator().manual_seed(i) for i in range(40)]
+
     model, _ = load_model(plain)
     args = parse('--mode', 'chain', '--steps', 3)
     args.settings = {'steps': 3, 'step_size': 20., 'noise': 0.}
@@ -270,6 +273,12 @@ def test_states_of_many_chains(plain):
         assert_close(state, ways[0], f'the states after {steps} steps', {
             'chains go down in E: the sign': ways[1],
             'the second chunk of chains has the labels of the first': ways[2]})
+    args.settings['noise'] = .1
+    noisy, _ = generate.draw(generate.guided(model, y, args), start, args, streams())
+    alone = sgld(lambda x: model.energy(x, y[35:36]), start[35:36], 3, 20., .1,
+                 generator=streams()[35:36])
+    assert_close(noisy[35:36], alone, 'chain 35 gets its noise from stream 35, not from that of '
+                 'another chunk', rtol=1e-4, atol=1e-5)
 
 
 # --- interpolate ----------------------------------------------------------------------------------
