@@ -6,9 +6,8 @@ One network gives K logits f(x)[y], and one law follows from them, p(x, y) = exp
     E(x)    = -T logsumexp_y(f(x)[y] / T)   marginal energy, of p(x) = exp(-E(x) / T) / Z
     p(y|x)  = softmax_y(f(x)[y] / T)        classifier: Z cancels
 
-With T = 1 these are eq. 4 to 7 of JEM (Grathwohl et al. 2020, "Your classifier is secretly an
-energy based model and you should treat it like one"). train.py sets T to the temperature of its
-chains, or to 1 for a classifier. Low energy = likely = in-distribution. K = 1 is a plain EBM.
+With T = 1 these are eq. 4 to 7 of JEM (Grathwohl et al. 2020). train.py sets T to the temperature
+of its chains, or to 1 for a classifier. Low energy = likely = in-distribution. K = 1: a plain EBM.
 """
 import argparse
 import contextlib
@@ -143,12 +142,11 @@ class CommandLine(argparse.ArgumentParser):
 
     def __init__(self, description):
         super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
-        group = self.add_argument_group('machine')
-        group.add_argument('--seed', type=number(int, 0, 2**32 - 1), default=0, help='random seed')
-        group.add_argument('--device', type=choose_device, default='auto', help='auto (the fastest '
-                           'that works), cpu, cuda, cuda:1 or mps')
-        group.add_argument('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
-                           help='of the convolutions; auto is bf16 where it is fast')
+        flag = self.add_argument_group('machine').add_argument
+        flag('--seed', type=number(int, 0, 2**32 - 1), default=0, help='random seed')
+        flag('--device', type=choose_device, default='auto', help='cpu, cuda, mps; auto: fastest')
+        flag('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
+             help='of the convolutions; auto is bf16 where it is fast')
 
     def parse_args(self, argv=None):
         os.environ.pop('MPLBACKEND', None)  # set by notebooks; a script's Python may not have it
@@ -157,6 +155,8 @@ class CommandLine(argparse.ArgumentParser):
             self.error(f'--out {args.out}: no folder that can be written; name another one')
         if args.precision == 'auto':
             args.precision = 'bf16' if has_bf16(args.device) else 'fp32'
+        if 1 < torch.get_num_threads() == os.cpu_count() and 'OMP_NUM_THREADS' not in os.environ:
+            torch.set_num_threads(os.cpu_count() - 1)  # all wait for one that shares its core
         return args
 
 
