@@ -141,8 +141,7 @@ def matching_step(energy, x_real, away, slope):
 
 def ways_to_noise(x_real, kind, generator):
     """Displacements (B, C, H, W) for `matching_step`: half of them lead a part of the way to the
-    prior, and white noise of a standard deviation up to WHITE is added to all. Without the white
-    noise, fine grain survives in the samples."""
+    prior; all get white noise up to WHITE, without which fine grain survives in the samples."""
     t, s = x_real.new_empty(2, len(x_real), 1, 1, 1).uniform_(generator=generator)  # (B, 1, 1, 1)
     z = prior(kind, x_real.shape, generator, x_real.device)  # (B, C, H, W)
     white = randn(x_real.shape, generator, x_real.device)
@@ -285,9 +284,10 @@ def validate(model, split, args):
     noise = prior('uniform', x.shape, generator, args.device)  # (N, C, H, W)
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
-    for k in y.unique().tolist() if args.px_weight else []:
+    told = logits[:len(y)].gather(1, y[:, None])  # f(x)[y], (N, 1)
+    for k in range(logits.shape[1]) if args.px_weight else []:
         # Losses hardly fix how high a class lies: give E(x, y) of its images the median 0.
-        level = logits[:len(y)][y == k, k].median()
+        level = told[y == k if k in y else y >= 0].median()  # of all images if it has none here
         logits[:, k] -= level
         model.head.bias[k] -= level
     energy, y = model.energy_of_logits(logits), y.numpy()  # (3N,), (N,)
@@ -364,8 +364,8 @@ def draw_samples(state, history, args, data, facts):
 
 def find_trouble(row, history, args):
     """Why an epoch has diverged, or ''. The gap saturates at -1/alpha if chains cannot follow."""
-    if not all(map(math.isfinite, row.values())):
-        return 'a number is not finite'
+    if not all(map(math.isfinite, row.values())) or row.get('loss_px') == 0:
+        return 'a number is not finite, or all energies are equal'
     gaps = [update.get('loss_px', 0.) for update in history['updates'][-5:]]  # of 50 updates
     lost = args.guard and history['step'] > 5 * WARMUP and abs(np.mean(gaps)) * args.alpha > .95
     return 'energy gap saturated at 1/alpha (see --no-guard)' if lost else ''
