@@ -133,9 +133,8 @@ def interpolate(model, checkpoint, args):
 
 
 def compose(model, checkpoint, args):
-    """Two experts, alone and composed, a row each (Du et al. 2020, "Compositional visual generation
-    with energy based models"): two classes, by default the first two, or two checkpoints. "1 or 2"
-    is an equal mixture of both laws only if their temperatures and their log Z are the same."""
+    """Two experts and their compositions, a row each (Du et al. 2020): two classes (by default the
+    first two) or two checkpoints. "1 or 2" mixes both laws equally only if their Z are equal."""
     if not args.ckpt2:
         args.classes = args.classes or checkpoint['class_names'][:2]
     names = args.classes or [args.ckpt, args.ckpt2]
@@ -154,7 +153,7 @@ def compose(model, checkpoint, args):
     z, t = torch.cat([z for _, z in starts]), model.temperature  # (N, C, H, W), N = 5 * count
 
     def energy(x, i):
-        e1, e2 = expert1(x, i), expert2(x, i)  # (B,) both
+        e1, e2 = expert1(x, i), t / model2.temperature * expert2(x, i)  # (B,) both, of laws at t
         mixture = -t * torch.logaddexp(-e1 / t, -e2 / t)
         e = torch.stack([e1, e2, e1 + e2, mixture, e1 - args.weight * e2], dim=1)  # (B, 5)
         return e[torch.arange(len(i), device=i.device), i // args.count]  # (B, 5) -> (B,)
@@ -515,8 +514,10 @@ def parse_args(argv=None):
     flag('--weight', type=weight, default=.2, help='compose: w of the negation E1 - w E2')
     flag('--judge', type=Path, metavar='CKPT', help='evaluate: the independent classifier')
     args = parser.parse_args(argv)
+    one_row_each = args.classes and args.mode in ('chain', 'interpolate')
+    used = {*MODES[args.mode].flags} - {'count' if one_row_each else None}
     for name in [name for mode in MODES.values() for name in mode.flags]:
-        if name not in MODES[args.mode].flags and getattr(args, name) != parser.get_default(name):
+        if name not in used and getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')
     if args.mode == 'denoise' and args.data_weight > min(args.strengths) ** 2:
         parser.error('--data-weight: must be at most the square of each of --strengths')
