@@ -245,8 +245,9 @@ def load_folder(folder, image_size):
         found |= {part: path for path in paths}
     if found and 'train' not in found:
         raise DataError(f'{min(found.values())}: no training split here; add one, or rename this')
-    if any(path.stem != part for part, path in found.items()):
-        tell(', '.join(f'{path} is the {part} split' for part, path in found.items()))
+    if not found or any(path.stem != part for part, path in found.items()):
+        tell(', '.join(f'{path} is the {part} split' for part, path in found.items())
+             or f'{folder}: no splits, so folders are classes: {[at.name for at in entries[:4]]}')
     ood = sorted(folder.glob(OOD_ARRAYS))
     if found:
         others = {*entries} - {*found.values(), *ood, folder / 'classes.txt'}
@@ -433,8 +434,7 @@ def printable(name):
 
 
 # --- letterpress, the built-in stand-in -----------------------------------------------------------
-# These letters are rendered with matplotlib's typefaces and printed badly on purpose, as an early
-# press might have done it; they are no real data. A notebook may have another dtype than float32.
+# No real data: matplotlib's typefaces, printed badly on purpose. A notebook may set another dtype.
 
 PRESS_VERSION = 1  # rises when the pixels change
 # Prints of each letter, uneven as in any text. Left out are capitals that only enlarge their
