@@ -1,9 +1,9 @@
 """What a user can get wrong, through the real command lines.
 
 Every mistake ends with exit status 2 and one line that names the flag or the file, without a
-traceback, a warning or a changed file. Only lines that tell what data.py left out may stand before
-it. In the tables ` ... ` in an answer stands for any words, and all commands are given in the same
-folder, see `desk`. What a script alone can be told wrongly stands in the tests of its course task.
+traceback, a warning or a changed file. Only lines that tell what data.py took or left out may stand
+before it. In the tables ` ... ` in an answer stands for any words. All commands are given in the
+same folder, see `desk`. What a script alone can be told wrongly stands in the tests of its task.
 """
 import os
 import re
@@ -18,7 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import generate
+import model
 import ood
 import train
 from conftest import QUICK, bars
@@ -75,7 +77,7 @@ def check(command, answer, desk, capsys):
         main([*quick, *words])
     said = re.sub('.*\r', '', capsys.readouterr().err).strip()  # without bars that were wiped
     *notes, line = said.split('\n')
-    assert all('entries left out' in note for note in notes), said
+    assert all(re.search('entries left out|folders are classes', note) for note in notes), said
     assert stop.value.code == 2 and not re.search('\r|Traceback', line), said
     assert re.search('.*'.join(map(re.escape, answer.split(' ... '))), line), line
     assert not warned and snapshot(desk) == before, 'warnings, or files changed'
@@ -119,6 +121,8 @@ generate --ckpt run/best.pt --mode denoise --start nowhere     | nowhere
 generate --ckpt run/best.pt --mode denoise --start note.txt    | note.txt
 generate --ckpt run/best.pt --mode denoise --start own/denoise.npy --out own | --start own/
 generate --ckpt run/best.pt --mode inpaint --mask Left         | --mask Left ... left
+generate --ckpt run/best.pt --mode chain --classes lie --count 3 | --count: mode chain
+generate --ckpt run/best.pt --mode interpolate --classes lie --count 3 | --count: mode interpolate
 generate --ckpt run/best.pt --mode inpaint --mask own/curves.png | --mask own/curves.png
 generate --ckpt run/best.pt --data FEWER --mode inpaint        | --data FEWER ... counts
 ood --ckpt run/best.pt --data FEWER                            | --data FEWER ... counts
@@ -233,6 +237,15 @@ def test_data(path, kind, desk, capsys):
     check(f'train --data {path.split("/")[0]} --batch-size 4', answer, desk, capsys)
 
 
+def test_folders_that_are_taken_for_classes(desk, capsys):
+    """Splits under unusual names would become classes: a line says what the classes are."""
+    (desk / 'LETTERS/a').rename(desk / 'LETTERS/trainset')
+    (desk / 'LETTERS/b').rename(desk / 'LETTERS/testset')
+    assert data.load_data('LETTERS', 16).class_names == ['testset', 'trainset']
+    assert "LETTERS: no splits, so folders are classes: ['testset', 'trainset']" in (
+        capsys.readouterr().err)
+
+
 def test_damaged_torchvision_files(desk, capsys):
     """A set of torchvision's whose files are there and broken is not downloaded over them."""
     raw = desk / 'MNIST/raw'
@@ -314,3 +327,69 @@ def test_a_notebook_that_calls_the_script(desk):
                            '--epochs', '3'], capture_output=True, text=True,
                           env={**os.environ, 'MPLBACKEND': backend})
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize('cores, threads, asked, left', [
+    (4, 4, None, [3]), (2, 2, None, [1]), (1, 1, None, []), (4, 2, None, []), (4, 4, '4', [])])
+def test_a_core_is_left_to_other_programs(cores, threads, asked, left, monkeypatch, desk):
+    """Threads wait for each other. One that shares its core with another program holds up all of
+    them, up to 25 times: so not all cores get a thread, unless the user wants it."""
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    if asked:
+        monkeypatch.setenv('OMP_NUM_THREADS', asked)
+    chosen = []
+    monkeypatch.setattr(os, 'cpu_count', lambda: cores)
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: threads)
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    train.parse_args([*QUICK, '--data', 'GLYPHS'])
+    assert chosen == left
+
+
+# --- silent faults --------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('gap, seen', [(0., True), (-1e-9, False), (None, False)])
+def test_a_collapsed_network_is_trouble(gap, seen):
+    """Data and samples have the very same energy where a network has become constant, also before
+    the guard looks at the gap. A run without chains has no gap."""
+    args = train.parse_args([*QUICK])
+    row = {'loss': 2.3} if gap is None else {'loss': 2.3, 'loss_px': gap}
+    trouble = train.find_trouble(row, {'updates': [], 'step': 39}, args)
+    assert ('all energies are equal' in trouble) == seen and bool(trouble) == seen
+
+
+def test_a_class_without_validation_images_is_levelled():
+    """Its level is that of all validation images; the others get the median 0 of their own."""
+    torch.manual_seed(0)
+    network, args = model.EnergyModel(3, 1, 4, .1), train.parse_args([*QUICK])
+    network.head.bias.data = torch.tensor([5., -3., 9.])
+    images = torch.randint(256, (9, 1, 16, 16), dtype=torch.uint8)
+    split = data.Split(images, torch.tensor([0, 1, 0, 0, 1, 1, 0, 1, 0]))
+    x, y = split.batch(slice(None))
+    with torch.no_grad():
+        before = network.get_logits(x)  # (9, 3)
+        told = before.gather(1, y[:, None]).squeeze(1)  # (9,)
+        train.validate(network, split, args)
+        after = network.get_logits(x)
+    for k, level in enumerate([told[y == 0].median(), told[y == 1].median(), told.median()]):
+        torch.testing.assert_close(after[:, k], before[:, k] - level)
+
+
+def test_experts_of_two_temperatures_are_composed_as_laws(desk, monkeypatch):
+    """The product of exp(-E1 / T1) and exp(-E2 / T2) is that of E1 + T1 / T2 E2 at T1."""
+    checkpoint = torch.load('run/best.pt', weights_only=True)
+    checkpoint['settings']['temperature'] *= 4
+    torch.save(checkpoint, 'hot.pt')
+    caught = []
+
+    def draw(energy, start, args, streams):
+        caught.append((energy, start))
+        raise data.DataError('enough')
+
+    monkeypatch.setattr(generate, 'draw', draw)
+    with pytest.raises(SystemExit):
+        generate.main([*CPU, '--precision', 'fp32', '--ckpt', 'run/best.pt', '--mode', 'compose',
+                       '--ckpt2', 'hot.pt', '--classes', 'lie', 'lean', '--count', '2'])
+    (energy, x), = caught  # x (10, 1, 16, 16): two each of 1, 2, 1 and 2, 1 or 2, 1 not 2
+    network, _ = model.load_model('run/best.pt')
+    e1, e2 = network.energy(x[4:6], 1), network.energy(x[4:6], 2) / 4  # (2,) both
+    torch.testing.assert_close(energy(x[4:6], torch.tensor([4, 5])), e1 + e2)
