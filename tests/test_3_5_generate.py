@@ -98,7 +98,8 @@ def test_modes_write_a_picture_and_its_images(trained, coloured, tmp_path, kind,
     images = run(ckpt, tmp_path, *flags, mode=mode)
     assert images.shape == (count, channels, 16, 16) and images.dtype == np.float32
     assert np.isfinite(images).all()
-    assert mode in ('concepts', 'reconstruct') or abs(images).max() <= 1
+    assert mode in ('concepts', 'reconstruct') or abs(images).max() <= 1, (
+        f'pixels up to {abs(images).max():.2f}: starts are N(0, 0.01), and states are clamped')
     assert sorted(path.name for path in tmp_path.iterdir()) == [f'{mode}.npy', f'{mode}.png']
     with Image.open(tmp_path / f'{mode}.png') as picture:
         assert min(picture.size) > 60 and np.asarray(picture.convert('L')).std() > 5
@@ -439,7 +440,8 @@ def test_data_term_pulls_by_its_share(plain, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, 'draw', spy)
     run(plain, tmp_path, '--images', 2, '--strengths', .1, .2, '--data-weight', .001,
         '--step-size', 1e-6, mode='denoise')
-    torch.testing.assert_close(shares[0], torch.tensor([.1, .1, .025, .025]), rtol=1e-3, atol=1e-4)
+    assert_close(shares[0], [.1, .1, .025, .025], 'the pull is divided by s^2, the variance',
+                 rtol=1e-3, atol=1e-4)
 
 
 def test_total_variation_smooths_noise_and_keeps_edges():
