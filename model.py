@@ -25,9 +25,8 @@ from torch import nn
 
 
 class EnergyModel(nn.Module):
-    """A network `features`, one linear layer, and the energies of its logits, for K classes (1: a
-    plain EBM), images of C channels, a first convolution with `width` feature maps, and T. With
-    precision 'bf16' the convolutions are in bfloat16."""
+    """A network `features`, a linear `head`, and the energies of its K logits. width: feature maps
+    of the first convolution; precision 'bf16': convolutions in bfloat16; K = 1: a plain EBM."""
 
     def __init__(self, num_classes=1, channels=1, width=32, temperature=1., precision='fp32'):
         super().__init__()
@@ -70,8 +69,9 @@ class EnergyModel(nn.Module):
 
 
 def swish_cnn(channels, width):
-    """Five convolutions and an average pool: (B, C, H, W) -> (B, 4 * width); shapes for width 32.
-    Swish makes dE/dx smooth. Without batch normalisation no energy depends on other images."""
+    """Five convolutions of stride 2, 5x5 with padding 4, then 3x3 with padding 1, and an average
+    pool: (B, C, H, W) -> (B, 4 * width); shapes below for width 32. Swish makes dE/dx smooth, and
+    without batch normalisation no energy depends on other images."""
     return nn.Sequential(                                                     # (B, C, 56, 56)
         FirstConv2d(channels, width, 5, stride=2, padding=4), nn.SiLU(),      # (B, 32, 30, 30)
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU(),       # (B, 64, 15, 15)

@@ -63,8 +63,8 @@ def evaluate(model, images, device):
 
 
 def all_scores(logits, energy, gradient):
-    """All OOD scores of N images from what `evaluate` gives: {name: (N,)}. For a new score add one
-    line here: table, CSV file and plots follow. With K = 1 there is no p(y|x) to score."""
+    """All OOD scores of N images from what `evaluate` gives, {name: numpy (N,)}: `energy`, and for
+    K > 1 `max_prob`, `entropy`, `max_logit`, then `grad_norm`. For a new one add one line here."""
     scores = {'energy': energy}  # E(x)
     if logits.shape[1] > 1:
         log_p = logits.log_softmax(1)  # log p(y|x) for T = 1, (N, K): at small T all are 0 or 1
@@ -79,9 +79,9 @@ def all_scores(logits, energy, gradient):
 # --- metrics --------------------------------------------------------------------------------------
 
 def detection(score_id, score_ood, seed=0, resamples=1000):
-    """How well a score separates OOD images from in-distribution ones: numpy (n_ood,), (n_id,).
-
-    Returns a dict: AUROC (ties count half) with its 95 % bootstrap interval, AUPR, FPR95, counts.
+    """How well a score, (n_id,) and (n_ood,), separates OOD from in-distribution images: a dict of
+    `auroc` (ties count half), its 95 % bootstrap interval from `auroc_low` to `auroc_high`, `aupr`,
+    `fpr95`, `n_id` and `n_ood`.
     * The interval resamples both sets independently, so it is too wide for sets made from the test
       images (such as `blurred`), whose scores are correlated with those of the test images.
     * AUPR has OOD as the positive class and depends on the ratio n_ood / n_id. FPR95 is the share

@@ -79,7 +79,7 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
     Args:
-        sampler: the facts of a training: its flags `steps`, `step_size` (or None), `noise`,
+        sampler: the facts of a training: `steps`, `step_size` (None: .1 * pixels / slope), `noise`,
             `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
         kind: 'training', chains as the training moves them;
             'sampling', chains from noise. With a matching term they are annealed (Kirkpatrick et

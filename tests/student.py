@@ -43,12 +43,9 @@ PARTS = {
                'Give the states at the steps `shown`, x, and their energies, e.')],
     'interpolate': [('z = rho.sqrt()', 'z = rho.sqrt()', 'Mix the starts z1 and z2.')]}
 HINTS = {  # what a docstring does not say and the tests expect
-    'swish_cnn': 'The first is a `FirstConv2d`, 5x5, padding 4; the others are 3x3, padding 1; all '
-                 'have stride 2. From (B, C, 56, 56) they give (B, 32, 30, 30), (B, 64, 15, 15), '
-                 '(B, 128, 8, 8), (B, 128, 4, 4), (B, 128, 2, 2).',
-    'chain_settings': 'If nobody names a step size, it is .1 * pixels / slope.',
-    'detection': 'Keys: auroc, auroc_low, auroc_high, aupr, fpr95, n_id, n_ood.',
-    'all_scores': 'Keys: energy, and for K > 1 max_prob, entropy, max_logit, then grad_norm.'}
+    'swish_cnn': 'The first is a `FirstConv2d`. From (B, C, 56, 56) the convolutions give '
+                 '(B, 32, 30, 30), (B, 64, 15, 15), (B, 128, 8, 8), (B, 128, 4, 4), '
+                 '(B, 128, 2, 2).'}
 COPIED = ['README.md', 'requirements.txt', '.gitignore', '.github/images/*.png', '*.py',
           'tests/conftest.py', 'tests/hints.py', 'tests/test_3_*.py', 'tests/test_files.py',
           'tests/faults.py', 'tests/test_mistakes.py', 'tests/test_ranks.py', 'tests/test_gpu.py',
