@@ -1,6 +1,6 @@
 """Mistakes in students' manner, planted one by one: does the task's own marker find each of them?
 
-    python tests/planted.py                 all of them, about 5 minutes on two cores
+    python tests/planted.py                 all of them, 5 to 10 minutes on two cores
     python tests/planted.py --only 3.3      those whose task, file or name contains this
     python tests/planted.py --jobs 4        so many runs at once
 

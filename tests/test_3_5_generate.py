@@ -60,12 +60,13 @@ def coloured(tmp_path_factory):
     return out / 'best.pt'
 
 
-@pytest.fixture
-def small_judge(glyphs, tmp_path):
+@pytest.fixture(scope='module')
+def small_judge(glyphs, tmp_path_factory):
     """A classifier of the bars that makes few mistakes."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path / 'judge'), *QUICK, '--px-weight', '0',
+    out = tmp_path_factory.mktemp('judge')
+    train.main(['--data', str(glyphs), '--out', str(out), *QUICK, '--px-weight', '0',
                 '--width', '6', '--epochs', '90', '--lr', '.01', '--picture-every', '90'])
-    return tmp_path / 'judge' / 'best.pt'
+    return out / 'best.pt'
 
 
 def run(ckpt, out, *flags, mode='samples'):
