@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAIN = ['train.py', '--data', 'digits', '--epochs', '15', '--device', 'cpu']
+JUDGE = [*TRAIN, '--px-weight', '0', '--width', '48']
 PLAIN = ('--matching 0 --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 '
          '--prior uniform --no-conditional --no-guard')
 UPHILL = 'sampler.py', 'x = x - step_size * gradient', 'x = x + step_size * gradient'
@@ -78,6 +79,9 @@ def experiment(name, folder, judge):
     row |= {'accuracy': log['val_accuracy'], 'loss_px': log['loss_px']}
     if name != 'cross-entropy alone':
         run(folder, 'generate.py', '--ckpt', 'best.pt', '--mode', 'samples', '--device', 'cpu')
+        if change[:1] == ('model.py',):  # this network cannot load the judge, so it needs its own
+            judge = folder / 'judge'
+            run(folder, *JUDGE, '--out', 'judge')
         run(folder, 'generate.py', '--ckpt', 'best.pt', '--mode', 'evaluate', '--judge',
             judge / 'best.pt', '--device', 'cpu')
         scores = last_row(folder / 'evaluate.csv')
@@ -100,7 +104,7 @@ def main():
     judge, table = out / 'judge', out / 'experiments.csv'
     if not judge.exists():
         copy(judge, ())
-        run(judge, *TRAIN, '--px-weight', '0', '--width', '48')
+        run(judge, *JUDGE)
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     known = {row['experiment'].removesuffix(' (stopped)') for row in rows}
     for number, name in enumerate(EXPERIMENTS):
