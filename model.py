@@ -14,7 +14,6 @@ import contextlib
 import io
 import math
 import os
-import re
 import signal
 import sys
 
@@ -145,8 +144,7 @@ class CommandLine(argparse.ArgumentParser):
         flag = self.add_argument_group('machine').add_argument
         flag('--seed', type=number(int, 0, 2**32 - 1), default=0, help='random seed')
         flag('--device', type=choose_device, default='auto', help='cpu, cuda, mps; auto: fastest')
-        flag('--precision', choices=['auto', 'fp32', 'bf16'], default='auto',
-             help='of the convolutions; auto is bf16 where it is fast')
+        flag('--precision', choices=['auto', 'fp32', 'bf16'], default='auto', help='auto: fastest')
 
     def parse_args(self, argv=None):
         os.environ.pop('MPLBACKEND', None)  # set by notebooks; a script's Python may not have it
@@ -183,6 +181,8 @@ def choose_device(text):
         with contextlib.suppress(RuntimeError, AssertionError, ImportError):
             torch.ones(1, device=name).add(1).item()  # the driver or the wheel may not fit
             return torch.device(name)
+        if name == 'cuda' and text == 'auto' and torch.cuda.device_count():
+            print('the GPU does not fit this torch or its driver: on the CPU', file=sys.stderr)
     raise argparse.ArgumentTypeError(f'{text} does not work on this machine; use --device cpu')
 
 
@@ -203,7 +203,7 @@ def user_mistakes(*kinds):
     except (CheckpointError, OSError, *kinds) as error:
         fail(error)
     except (MemoryError, RuntimeError) as error:
-        if not re.search('MemoryError|allocate|out of memory|ALLOC_FAILED', repr(error)):
+        if not any(s in repr(error) for s in ('MemoryError', 'allocate', 'of memory', 'ALLOC_')):
             raise  # a bug
         fail(f'too little memory; lower --batch-size, --width or --images. {error}')
     except KeyboardInterrupt:

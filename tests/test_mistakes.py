@@ -345,6 +345,22 @@ def test_a_core_is_left_to_other_programs(cores, threads, asked, left, monkeypat
     assert chosen == left
 
 
+@pytest.mark.parametrize('gpus, name, told', [(1, 'auto', 1), (0, 'auto', 0), (1, 'cpu', 0)])
+def test_a_gpu_that_does_not_compute_is_told(gpus, name, told, monkeypatch, capsys):
+    """An old driver, or a torch without kernels for this GPU: a line says that the CPU is used."""
+    ones = torch.ones
+
+    def broken(size, device):
+        if device != 'cpu':
+            raise RuntimeError('no kernel image is available for execution on the device')
+        return ones(size)
+
+    monkeypatch.setattr(torch, 'ones', broken)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: gpus)
+    assert model.choose_device(name) == torch.device('cpu')
+    assert capsys.readouterr().err.count('does not fit this torch or its driver') == told
+
+
 # --- silent faults --------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('gap, seen', [(0., True), (-1e-9, False), (None, False)])
