@@ -46,10 +46,10 @@ HINTS = {  # what a docstring does not say and the tests expect
     'swish_cnn': 'The first is a `FirstConv2d`. From (B, C, 56, 56) the convolutions give '
                  '(B, 32, 30, 30), (B, 64, 15, 15), (B, 128, 8, 8), (B, 128, 4, 4), '
                  '(B, 128, 2, 2).'}
-COPIED = ['README.md', 'requirements.txt', '.gitignore', '.github/images/*.png', '*.py',
-          'tests/conftest.py', 'tests/hints.py', 'tests/test_3_*.py', 'tests/test_files.py',
-          'tests/faults.py', 'tests/test_mistakes.py', 'tests/test_ranks.py', 'tests/test_gpu.py',
-          'tests/test_runs.py']
+COPIED = ['README.md', '.github/EXPERIMENTS.md', '.github/images/*.png', '*.py', 'requirements.txt',
+          '.gitignore', 'tests/conftest.py', 'tests/hints.py', 'tests/test_3_*.py',
+          'tests/test_files.py', 'tests/test_gpu.py', 'tests/test_mistakes.py',
+          'tests/test_ranks.py', 'tests/test_runs.py', 'tests/faults.py']
 SHAPE = re.compile(r'\s*([a-z][\w, ]*?),? = .*  # (?:\(.*-> )?(\([^()]*\)(?:, \([^()]*\)| both)*)')
 
 
