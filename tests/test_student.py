@@ -108,7 +108,7 @@ def test_the_lecturers_files_stay_at_home(exercise):
     assert {'README.md', '.gitignore', 'tests/conftest.py', 'tests/test_3_3_sampler.py'} <= names
     assert not {name for name in names
                 if re.search(r'student|check\.py|planted|experiments|bench|TEACHING|pycache', name)}
-    for link in re.findall(r'\]\(([^):#]+)', (exercise / 'README.md').read_text()):
+    for link in re.findall(r'\]\(([^):#]+)[)#]', (exercise / 'README.md').read_text()):
         assert (exercise / link).exists(), link
 
 
