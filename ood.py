@@ -201,16 +201,16 @@ def plot_roc(scores, metrics, path):
 
 
 def show_typical(images, scores, path):
-    """typical.png: the five images of lowest and the five of highest energy of each set."""
+    """typical.png: of each set image 0, and the five images of lowest and of highest energy."""
     picked, captions = [], []
     for name in images:
         energy = scores[name]['energy']  # (N,)
         order = np.argsort(energy, kind='stable')  # (N,)
-        index = np.r_[np.resize(order[:5], 5), np.resize(order[-5:], 5)]  # (10,), tiny sets repeat
-        picked.append(to_float(images[name][index]))  # (10, C, H, W)
+        index = np.r_[0, np.resize(order[:5], 5), np.resize(order[-5:], 5)]  # (11,), may repeat
+        picked.append(to_float(images[name][index]))  # (11, C, H, W)
         captions += [f'{e:.2f}' for e in energy[index]]
-    save_grid(torch.cat(picked), path, 10, rows=list(images), captions=captions,
-              title='the five most and the five least typical images of each set, with E(x)')
+    save_grid(torch.cat(picked), path, 11, rows=list(images), captions=captions,
+              title='of each set image 0 (changed), the five most and the five least typical; E(x)')
 
 
 # --- a threshold, and verdicts on single images ---------------------------------------------------

@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import ood
 from conftest import bars
-from data import load_data, load_ood, prepare, to_float
+from data import load_data, load_ood, prepare, to_float, to_uint8
 from hints import assert_close
 from model import EnergyModel, load_model, save_checkpoint
 from sampler import sgld
@@ -308,6 +308,19 @@ def test_report(trained, others, glyphs, tmp_path, capsys, monkeypatch):
     assert '\nood_ta ' in printed and '\nnoise ' in printed and 'which keeps 95%' in printed
     for name in ('ood', 'roc', 'typical'):
         assert (tmp_path / f'{name}.png').stat().st_size > 1000
+
+
+def test_typical_shows_image_0_and_the_extremes(monkeypatch):
+    """Image 0 is the same letter in all sets that are made from the test images."""
+    seen = {}
+    monkeypatch.setattr(ood, 'save_grid', lambda x, path, columns, **texts: seen.update(
+        x=x, columns=columns, captions=[float(text) for text in texts['captions']]))
+    images = {'test': torch.arange(12, dtype=torch.uint8).view(12, 1, 1, 1).repeat(1, 1, 4, 4)}
+    energy = np.array([5., 3., 11., 0., 7., 1., 9., 2., 10., 4., 8., 6.])  # (12,)
+    ood.show_typical(images, {'test': {'energy': energy}}, 'typical.png')
+    assert seen['columns'] == 11 and seen['captions'] == [5, 0, 1, 2, 3, 4, 7, 8, 9, 10, 11]
+    order = to_uint8(seen['x'])[:, 0, 0, 0].tolist()  # (11, 1, 4, 4) -> the number of each image
+    assert order == [0, 3, 5, 7, 1, 9, 4, 10, 6, 8, 2]
 
 
 def test_a_new_score_needs_one_line(trained, tmp_path, capsys, monkeypatch):
