@@ -96,9 +96,9 @@ def stretch(x):
 
 
 def prepare(images, image_size, channels=None):
-    """The course's preprocessing of images (N, 1 or 3, H, W) of any numeric type and range: min-max
-    scale each image, resize its shorter side (antialiased), crop the centre. channels=1 makes
-    colour grey (luminance), 3 repeats grey, None keeps all. Returns uint8 (N, C, size, size)."""
+    """The course's preprocessing of images (N, 1 or 3, H, W) of any numeric type and range: make
+    colour grey for channels=1 (luminance), min-max scale each image, repeat grey for channels=3,
+    resize the shorter side (antialiased), crop the centre. Returns uint8 (N, C, size, size)."""
     from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
     done = []
     for x in torch.as_tensor(images).split(1024):  # bounds the memory that floats take
@@ -654,8 +654,8 @@ def ood_names(data, name, data_root='.data'):
 
 
 def load_ood(name, data, seed=0, data_root='.data'):
-    """An OOD set, uint8 (N, C, H, W), of the size and channels of `data`, by its name or path. Sets
-    of MADE take over the range of the test image in the same place; only `constant` has none."""
+    """An OOD set, uint8 (N, C, H, W), of the size and channels of `data`, by its name or path. An
+    image made from a test image gets the lowest and highest value of that; `constant` has none."""
     channels, size = data.test.images.shape[1:3]
     known = [*data.ood, *MADE, *NAMES]
     tell_ambiguous('--ood', name, known)

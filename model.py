@@ -40,7 +40,7 @@ class EnergyModel(nn.Module):
         self.to(torch.float32, memory_format=torch.channels_last)  # fastest layout of convolutions
 
     def get_logits(self, x):
-        """f(x)[y] for all y: float x (B, C, H, W) in [-1, 1] -> (B, K) float32."""
+        """f(x)[y] for all y: float x (B, C, H, W) in [-1, 1], else TypeError -> (B, K) float32."""
         if not x.is_floating_point():
             raise TypeError(f'images are {x.dtype}; map them to [-1, 1] with data.to_float first')
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
@@ -57,7 +57,7 @@ class EnergyModel(nn.Module):
 
     def energy_of_logits(self, logits, y=None):
         """f(x)[y] (B, K) -> E(x) or E(x, y) (B,): the only place that knows the sign of the energy.
-        y is an int, one label (1,) or B labels (B,), else a ValueError (on a GPU a CUDA error)."""
+        y: an int, one label (1,) or B labels (B,); else a ValueError tells how many and which."""
         if y is None:
             return -self.temperature * (logits / self.temperature).logsumexp(1)  # (B, K) -> (B,)
         y, last = torch.as_tensor(y, device=logits.device), logits.shape[1] - 1

@@ -29,7 +29,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
         x: start of the chains, float32 (B, C, H, W); not changed.
         steps: K, the number of steps.
         step_size, noise: see above; noise may also be a sequence, one value for each step (else a
-            ValueError).
+            ValueError with both numbers).
         grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip], or None.
         clamp: (low, high) of the pixel values, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).

@@ -128,10 +128,10 @@ def pyx_step(logits, y):
 
 
 def matching_step(energy, x_real, away, slope):
-    """How far dE/dx at x_real + away (B, C, H, W) is from that of a valley around each image, >= 0.
-    At a distance r from the image (root mean square over the pixels) the valley has the energy
-    slope * sqrt(r^2 + ROUND^2). Far off this regresses directions, as equilibrium matching does
-    (Wang and Du 2025). It is the score of no density."""
+    """Mean square of dE/dx at x_real + away (B, C, H, W) minus that of a valley around each image,
+    both times pixels / slope. At a distance r from the image (root mean square over the pixels) the
+    valley has the energy slope * sqrt(r^2 + ROUND^2). Far off this regresses directions, as
+    equilibrium matching does (Wang and Du 2025). It is the score of no density."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)

@@ -106,7 +106,10 @@ def test_matching_is_zero_for_the_valley_itself():
         'the valley itself has no error: is the sign of the difference right, and its scale?')
     r2 = away.square().mean(dim=(1, 2, 3))
     wanted = (r2 / (r2 + train.ROUND ** 2)).mean().item()
-    assert train.matching_step(valley(80.), x, away, 40.).item() == pytest.approx(wanted)
+    assert_close(train.matching_step(valley(80.), x, away, 40.), wanted,
+                 'the mean over pixels and images of (difference * pixels / slope)^2', {
+                     'times pixels / slope is missing': wanted * (40 / 16) ** 2,
+                     'is it a sum over the pixels? Take the mean': 16 * wanted})
 
 
 def test_ways_to_noise():
@@ -232,8 +235,8 @@ def test_without_labels_chains_follow_the_marginal_energy(monkeypatch, glyphs, t
 def test_chains_from_the_data_are_stored_too(monkeypatch, glyphs, tmp_path):
     """--init data: chains start at the batch, and the pictures show them as the stored ones."""
     seen = first_update(monkeypatch, glyphs, tmp_path, '--init', 'data')
-    assert torch.equal(seen['moved'], seen['batch'][0])
-    assert torch.equal(seen['reservoir'].chains[seen['slot']], seen['x_synth'])
+    assert torch.equal(seen['moved'], seen['batch'][0]), 'chains start at the batch, before noise'
+    assert torch.equal(seen['reservoir'].chains[seen['slot']], seen['x_synth']), 'store them, too'
 
 
 @pytest.mark.parametrize('flags, weights', [([], (1., 3., 1., .1, 10.)),
