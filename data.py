@@ -751,7 +751,7 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
 # --- command line: python data.py --data NAME|PATH ------------------------------------------------
 
 def draw_examples(data, path):
-    """Ten training images in a row for each of the first hundred classes (course task 3.1)."""
+    """The first ten training images of each of the first hundred classes, a row each (task 3.1)."""
     names = data.class_names[:100]
     members = [(data.train.labels == label).nonzero().flatten() for label in range(len(names))]
     index = torch.cat([some[torch.arange(10) % len(some)] for some in members])  # (10 * K,)

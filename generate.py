@@ -105,7 +105,7 @@ def samples(model, checkpoint, args):
 
 
 def chain(model, checkpoint, args):
-    """A row for each chain: its states at steps 0, 1, 2, 4, ... with their energies."""
+    """A row for each chain: its states at steps 0, 1, 2, 4, ... and the energies it follows."""
     y, streams, z = start_samples(args.count, 1, checkpoint, args)
     shown = sorted({0, *(2 ** i for i in range(args.steps.bit_length())), args.steps})
     energy = guided(model, y, args)

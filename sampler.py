@@ -83,7 +83,7 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
             `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
         kind: 'training', chains as the training moves them;
             'sampling', chains from noise. With a matching term they are annealed (Kirkpatrick et
-            al. 1983): noise step_size / 2 (1 - k/K)^3, so that hot chains forget their start and
+            al. 1983): noise step_size / 2 (1 - k/K)^3 for k < K. Hot chains forget their start and
             choose among the modes, and cold ones fall into the nearest;
             'descent', no noise: the chain is a function of its start.
         steps, step_size, noise: replace the decided values; 'descent' never has noise.

@@ -77,6 +77,8 @@ DATA = [  # task 3.1, in data.py
     ('x.flip(2, 3),  #', 'x.flip(3),  #', 'flipped over one axis', 'axes'),
     ('x + .3 * torch.empty_like(x).normal_', 'x + .3 * torch.empty_like(x[:1]).normal_',
      'the same noise on all images', 'same noise'),
+    ('[.299, .587, .114]', '[1 / 3, 1 / 3, 1 / 3]', 'grey is the mean', 'luminance'),
+    ("made if name == 'constant' else low", 'low', 'constant images are stretched', 'level'),
 ]
 
 MODEL = [  # task 3.2, in model.py
@@ -116,6 +118,11 @@ MODEL = [  # task 3.2, in model.py
      r'eval\(\)'),
     ('.eval().requires_grad_(False)', '.eval()', 'weights of the loaded model want gradients',
      'requires_grad'),
+    ("enabled=self.precision == 'bf16'", "enabled=self.precision != 'bf16'",
+     'precision the wrong way round', 'autocast|precision'),
+    ('padding=1), nn.SiLU(),   # (B, 128, 2, 2)', 'padding=1),   # (B, 128, 2, 2)',
+     'no Swish at the end', 'Swish'),
+    ('nn.AdaptiveAvgPool2d(1)', 'nn.AdaptiveMaxPool2d(1)', 'max pool', 'average'),
 ]
 
 SAMPLER = [  # task 3.3, in sampler.py
@@ -177,6 +184,9 @@ SAMPLER = [  # task 3.3, in sampler.py
      'return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)',
      'uniform on [0, 1]', r'U\(-1, 1\)'),
     ("settings['noise'] ** 2 /", "settings['noise'] /", 'T without the square', 'noise\\^2|square'),
+    ('noise = [step_size / 2 * (1', "noise = [(sampler['step_size'] or 7.84) / 2 * (1",
+     'noise of another step', 'step'),
+    ('(1 - k / steps) ** 3', '(k / steps) ** 3', 'heated, not cooled', 'instead of'),
 ]
 
 TRAIN = [  # task 3.4, in train.py
@@ -241,6 +251,14 @@ TRAIN = [  # task 3.4, in train.py
      'AUROC|auroc'),
     ('torch.randperm(count, generator=generator)', 'torch.arange(count)', 'no shuffling',
      'shuffle|order'),
+    ("loss + args.px_weight * numbers['loss_matching']", "loss + numbers['loss_matching']",
+     'matching without px_weight', 'matching'),
+    ('partial(energy, y=y), x_real, away', 'model.energy, x_real, away', 'matching shapes E(x)',
+     'matching'),
+    ('loss_pyx = pyx_step(logits, y)', 'loss_pyx = pyx_step(logits / model.temperature, y)',
+     'cross-entropy at T', 'softmax'),
+    ('model.energy(perturb(x_synth, args, generator))', 'model.energy(perturb(x_synth, args, '
+     'generator), y)', "gap of E(x', y)", r'E\(x, y\)'),
 ]
 
 GENERATE = [  # task 3.5, in generate.py

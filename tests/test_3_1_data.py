@@ -72,6 +72,11 @@ def test_prepare_is_the_course_preprocessing():
     colour = prepare(torch.cat([image, image / 2 - .5, image / 4 - .75], 1), 40)  # (1, 3, 40, 40)
     assert_close(colour.amax((2, 3)).int(), [[255, 128, 64]],
                  'min-max of the whole image: each channel by itself would change its colours')
+    patches = torch.eye(3)[:, None].expand(3, 4, 3).repeat(1, 1, 8)  # (3, 4, 24), red, green, blue
+    patches[:, 0], patches[:, 1] = 0., 1.  # a black and a white row
+    assert_close(prepare(patches[None], 4, 1)[0, 0, 3, :3].sort().values.int(), [29, 76, 150],
+                 'channels=1: levels of red, green and blue are .299, .587 and .114 of white', {
+                     'is it their mean? Take the luminance': [85, 85, 85]})
 
 
 def test_prepare_antialiases():
@@ -79,7 +84,8 @@ def test_prepare_antialiases():
     stripes = (torch.arange(64) % 4 == 0).expand(64, 64)
     shrunk = prepare(stripes[None, None], 16).float()[..., 1:-1]
     assert (shrunk - 63.75).abs().max() < 25, (
-        f'levels from {shrunk.min():.0f} to {shrunk.max():.0f} instead of 64: is antialias on?')
+        f'levels from {shrunk.min():.0f} to {shrunk.max():.0f} instead of 64: is antialias on, and '
+        'is min-max done before?')
 
 
 def test_constant_images_stay_finite():
@@ -720,6 +726,7 @@ def test_changed_images_keep_the_contrast_of_those_they_came_from(glyphs):
     constant = load_ood('constant', loaded)
     assert torch.equal(constant, constant[..., :1, :1].expand_as(constant))
     assert len(constant.unique()) > 12
+    assert constant.min() < 50 and constant.max() > 200, 'constant images keep their own levels'
 
 
 def test_shrunk_to_a_quarter(glyphs):

@@ -214,6 +214,10 @@ def test_energy_is_smooth():
         'no dE/dx reaches the images, and chains need it: is the input detached, or under no_grad?')
     curvature, = torch.autograd.grad(gradient.square().sum(), x, materialize_grads=True)
     assert curvature.abs().max() > 0, 'second derivatives are 0: use Swish (nn.SiLU)'
+    kinds = [type(layer) for layer in model.features.modules()]
+    assert kinds.count(nn.SiLU) == sum(issubclass(kind, nn.Conv2d) for kind in kinds), (
+        'Swish (nn.SiLU) after each convolution, also after the last')
+    assert nn.AdaptiveAvgPool2d in kinds, 'the pool takes the average, not the maximum'
 
 
 @pytest.mark.parametrize('channels, height, width', [(1, 16, 17), (3, 17, 16), (3, 28, 28),
@@ -237,6 +241,8 @@ def test_first_layer_is_a_5x5_convolution(channels, height, width):
 def test_bf16_energies_are_float32_and_near(model):
     """bfloat16 convolutions change energies by rounding only, and leave them float32."""
     exact = model.energy(images(64))
+    wanted = model.energy_of_logits(model.head(model.features(images(64))))
+    assert_close(exact, wanted, 'precision fp32: no autocast', rtol=0, atol=0)
     model.precision = 'bf16'
     rounded = model.energy(images(64))
     assert rounded.dtype == torch.float32, 'the head must compute in float32, outside of autocast'

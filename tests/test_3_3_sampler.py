@@ -248,7 +248,7 @@ def test_default_step_moves_pixels_by_a_tenth():
     x = .5 * torch.randn(3, 1, 56, 56, generator=seeded())
     moved = sgld(cone, x, **{**settings, 'steps': 1, 'grad_clip': None}, clamp=None) - x
     assert_close(moved.square().mean(dim=(1, 2, 3)).sqrt(), torch.full((3,), .1),
-                 'step_size is .1 * pixels / slope')
+                 'step_size is .1 * pixels / slope, and descent has no noise')
 
 
 def test_chains_from_noise_cool_down():
@@ -258,13 +258,17 @@ def test_chains_from_noise_cool_down():
         noises = chain_settings(FACTS, 'sampling', steps)['noise']
         assert len(noises) == (steps or 60)
         wanted = [7.84 / 2 * (1 - k / len(noises)) ** 3 for k in range(len(noises))]
-        assert noises == pytest.approx(wanted)
+        assert noises == pytest.approx(wanted), (
+            f'first noise {noises[0]:.3g} instead of {wanted[0]:.3g}, or they do not fall: '
+            'step_size / 2 (1 - k / K)^3 for k = 0, 1, ... K - 1')
+    first = chain_settings(FACTS, 'sampling', step_size=3.)['noise'][0]
+    assert first == pytest.approx(1.5), f'first noise {first:.3g}: half of the step size in use'
 
 
 def test_descent_has_no_noise():
     """It is a function of its start."""
     for noise in (None, .3):
-        assert chain_settings(FACTS, 'descent', noise=noise)['noise'] == 0
+        assert chain_settings(FACTS, 'descent', noise=noise)['noise'] == 0, 'descent has no noise'
 
 
 @pytest.mark.parametrize('kind', ['training', 'sampling'])

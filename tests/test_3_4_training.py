@@ -240,6 +240,7 @@ def test_chains_from_the_data_are_stored_too(monkeypatch, glyphs, tmp_path):
 
 
 @pytest.mark.parametrize('flags, weights', [([], (1., 3., 1., .1, 10.)),
+                                            (['--px-weight', '.5'], (.5, 3., 1., .1, 10.)),
                                             (OTHER_WEIGHTS, (.5, 2., 7., .3, 0.))])
 def test_an_update_descends_the_sum_of_its_terms(monkeypatch, glyphs, tmp_path, flags, weights):
     """The gradient of the weights is that of px (contrast (mean E(x) - mean E(x') + alpha L2) +
@@ -266,6 +267,11 @@ def test_an_update_descends_the_sum_of_its_terms(monkeypatch, glyphs, tmp_path, 
     wanted = torch.tensor([factor for _, factor in terms.values()]).double()  # (L,)
     found = torch.cat([gradient.flatten() for gradient in seen['gradients']]).double()  # (P,)
     factors = torch.linalg.lstsq(gradients, found[:, None]).solution[:, 0]  # (L,)
+    rest = (found - gradients @ factors).norm() / found.norm()
+    assert rest < 1e-4, (
+        f'a share of {rest:.2g} of the gradient is of no term: is the cross-entropy that of '
+        'softmax f, with T = 1, the gap that of E(x), not E(x, y), and does matching shape '
+        'what chains follow?')
     for name, factor, right in zip(terms, factors.tolist(), wanted.tolist()):
         slips = {'is the term forgotten, or detached?': 0., 'does it count twice?': 2 * right,
                  'is the sign wrong, are data and samples exchanged?': -right,
