@@ -97,7 +97,7 @@ def stretch(x):
 
 def prepare(images, image_size, channels=None):
     """The course's preprocessing of images (N, 1 or 3, H, W) of any numeric type and range: make
-    colour grey for channels=1 (luminance), min-max scale each image, repeat grey for channels=3,
+    colour grey for channels=1 (luminance) or repeat grey for channels=3, min-max scale each image,
     resize the shorter side (antialiased), crop the centre. Returns uint8 (N, C, size, size)."""
     from torchvision.transforms.v2.functional import center_crop, resize  # slow to import
     done = []
