@@ -83,7 +83,7 @@ def test_the_lines_for_a_notebook_run(trained, glyphs, tmp_path):
     code = code.replace('load_data(', 'load_data(image_size=16, name=')
     names = {}
     exec(code, names)  # noqa: S102
-    assert names['x'].shape == (8, 1, 16, 16) and names['x'].isfinite().all()
+    assert names['drawn'].shape == (8, 1, 16, 16) and names['drawn'].isfinite().all()
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
