@@ -514,8 +514,8 @@ def parse_args(argv=None):
     flag('--weight', type=weight, default=.2, help='compose: w of the negation E1 - w E2')
     flag('--judge', type=Path, metavar='CKPT', help='evaluate: the independent classifier')
     args = parser.parse_args(argv)
-    one_row_each = args.classes and args.mode in ('chain', 'interpolate')
-    used = {*MODES[args.mode].flags} - {'count' if one_row_each else None}
+    given = args.classes and args.mode in ('chain', 'interpolate')  # then they are the rows
+    used = [name for name in MODES[args.mode].flags if not (given and name == 'count')]
     for name in [name for mode in MODES.values() for name in mode.flags]:
         if name not in used and getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')

@@ -372,7 +372,8 @@ def try_out(mistake):
     """Run the task's tests on a copy with the mistake, in a process of its own: the name of the
     first test that fails, or '', its message, and the seconds."""
     watch, started = Watch(), time.monotonic()
-    task = mistake.task.replace('.', '_')
+    marker = 'task' + mistake.task.replace('.', '')
+    tests = f'test_{mistake.task.replace(".", "_")}_*.py'
     with tempfile.TemporaryDirectory() as folder:
         for path in PROJECT.glob('*.py'):
             shutil.copy2(path, folder)
@@ -383,9 +384,9 @@ def try_out(mistake):
         with open(os.devnull, 'w') as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
-        status = pytest.main(['-x', '-q', '-m', f'task{task.replace("_", "")}', '--tb=short',
-                              '-p', 'no:cacheprovider', *map(str, Path('tests').glob(
-                                  f'test_{task}_*.py'))], plugins=[watch])
+        files = [str(path) for path in Path('tests').glob(tests)]
+        status = pytest.main(['-x', '-q', '-m', marker, '--tb=short', '-p', 'no:cacheprovider',
+                              *files], plugins=[watch])
         os.chdir(PROJECT)
     if status not in (0, 1):
         watch.test, watch.message = '', f'pytest stopped with status {status}'

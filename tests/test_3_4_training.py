@@ -368,30 +368,6 @@ def test_checkpoints_hold_averaged_weights(trained):
     assert average.norm() < .5 * last.norm(), 'are these the last weights, without any average?'
 
 
-def state(folder, name='last.pt'):
-    """All tensors and numbers of a checkpoint, without the clock and the flags."""
-    def flatten(value, name=''):
-        if isinstance(value, dict):
-            return {k: v for key in value for k, v in flatten(value[key], f'{name}/{key}').items()}
-        if isinstance(value, list):
-            entries = {str(key): entry for key, entry in enumerate(value)}
-            return flatten(entries, name)
-        return {name: value}
-
-    flat = flatten(torch.load(folder / name, weights_only=True))
-    return {key: value for key, value in flat.items()
-            if 'seconds' not in key and not key.startswith('/args')}
-
-
-def assert_same(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        if torch.is_tensor(a[key]):
-            assert torch.equal(a[key], b[key]), key
-        else:
-            assert a[key] == b[key] or a[key] != a[key], key  # NaN is equal to nothing
-
-
 def test_classifier_alone_learns(glyphs, tmp_path):
     """--px-weight 0 is a plain classifier: it learns the bars, and its loss is the weighted
     cross-entropy."""

@@ -14,7 +14,7 @@ import torch
 
 import train
 from conftest import QUICK
-from test_3_4_training import assert_same, state
+from test_runs import assert_same, state
 
 pytest.importorskip('resource', reason='forks of Linux and macOS')
 from faults import start  # noqa: E402

@@ -17,7 +17,32 @@ import data
 import train
 from conftest import QUICK
 from model import load_model
-from test_3_4_training import assert_same, read_log, state
+from test_3_4_training import read_log
+
+
+def state(folder, name='last.pt'):
+    """All tensors and numbers of a checkpoint, without the clock and the flags."""
+    def flatten(value, name=''):
+        if isinstance(value, dict):
+            return {k: v for key in value for k, v in flatten(value[key], f'{name}/{key}').items()}
+        if isinstance(value, list):
+            entries = {str(key): entry for key, entry in enumerate(value)}
+            return flatten(entries, name)
+        return {name: value}
+
+    flat = flatten(torch.load(folder / name, weights_only=True))
+    return {key: value for key, value in flat.items()
+            if 'seconds' not in key and not key.startswith('/args')}
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for key in a:
+        if torch.is_tensor(a[key]):
+            assert torch.equal(a[key], b[key]), key
+        else:
+            assert a[key] == b[key] or a[key] != a[key], key  # NaN is equal to nothing
+
 
 # --- a run ----------------------------------------------------------------------------------------
 
