@@ -17,6 +17,8 @@ import os
 import signal
 import sys
 
+if {'train.py', 'generate.py', 'ood.py'} & {*map(os.path.basename, sys.orig_argv)}:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -179,7 +181,7 @@ def choose_device(text):
     """argparse type: the torch.device of this name if it computes; auto: the fastest that does."""
     for name in ['cuda', 'mps', 'cpu'] if text == 'auto' else [text]:
         with contextlib.suppress(RuntimeError, AssertionError, ImportError):
-            torch.ones(1, device=name).add(1).item()  # the driver or the wheel may not fit
+            torch.conv2d(*torch.ones((2, 1, 1, 1, 1), device=name)).item()  # driver, wheel, cuDNN
             return torch.device(name)
         if name == 'cuda' and text == 'auto' and torch.cuda.device_count():
             print('the GPU does not fit this torch or its driver: on the CPU', file=sys.stderr)
@@ -196,7 +198,7 @@ def has_bf16(device):
 @contextlib.contextmanager
 def user_mistakes(*kinds):
     """Tell these in one line, status 2. Ctrl-C, SIGTERM and SLURM's SIGUSR1 exit with 128 + n."""
-    stops = [n for n in signal.Signals if n.name in ('SIGTERM', 'SIGUSR1', 'SIGUSR2')]
+    stops = [n for n in signal.Signals if n.name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2')]
     before = [signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in stops]
     try:
         yield
@@ -206,8 +208,6 @@ def user_mistakes(*kinds):
         if not any(s in repr(error) for s in ('MemoryError', 'allocate', 'of memory', 'ALLOC_')):
             raise  # a bug
         fail(f'too little memory; lower --batch-size, --width or --images. {error}')
-    except KeyboardInterrupt:
-        sys.exit(130)
     finally:
         for n, handler in zip(stops, before):
             signal.signal(n, handler)

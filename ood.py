@@ -15,6 +15,7 @@ calibration.png, robustness.png and distal.png. --check writes check.csv only.
 import contextlib
 from pathlib import Path
 
+from model import CommandLine, fail, load_model, number, user_mistakes  # before torch, see there
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,6 @@ from tqdm import tqdm
 
 from data import (DataError, check_apart, find_images, load_data, load_images, load_ood, ood_names,
                   printable, save_figure, save_grid, shortened, to_float, write_csv)
-from model import CommandLine, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, sgld
 
 KEEP = .95  # share of the validation images below the threshold

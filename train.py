@@ -17,6 +17,8 @@ import time
 from functools import partial
 from pathlib import Path
 
+from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
+                   rank, ranks, save_checkpoint, user_mistakes)  # before torch, see there
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -27,8 +29,6 @@ from tqdm import tqdm
 
 from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_figure, save_grid,
                   to_float, write_csv)
-from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
-                   rank, ranks, save_checkpoint, user_mistakes)
 from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld, temperature
 
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages

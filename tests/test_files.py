@@ -123,6 +123,29 @@ def test_ctrl_c_as_a_process(glyphs, tmp_path):
     assert history['epoch'] == len(history['epochs']) >= epochs_logged(tmp_path) - 1 > 0
 
 
+STUB = '''
+import os, signal, time
+os.kill(os.getpid(), signal.SIGINT)
+time.sleep(9)
+'''
+
+
+@pytest.mark.parametrize('script', [train, ood])
+def test_ctrl_c_while_libraries_are_imported(script, tmp_path):
+    """It ends a script at once, without a traceback. A program that imports the files, such as a
+    notebook, keeps its own Ctrl-C."""
+    for name in ('numpy', 'torch'):
+        (tmp_path / f'{name}.py').write_text(STUB)
+    ends = []
+    for command in ([script.__file__], ['-c', f'import {script.__name__}']):
+        ends.append(subprocess.run(
+            [sys.executable, *command], capture_output=True, text=True,
+            cwd=Path(script.__file__).parent, env={**os.environ, 'PYTHONPATH': str(tmp_path)},
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)))  # as in a terminal
+    assert ends[0].returncode == -signal.SIGINT and not ends[0].stderr
+    assert 'KeyboardInterrupt' in ends[1].stderr
+
+
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_in_the_middle_of_a_write(glyphs, tmp_path, number, status):
     """A signal ends the run with its status. Every file is the older one, with nothing beside it,
