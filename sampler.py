@@ -1,12 +1,7 @@
-"""SGLD and the reservoir of chains: how samples are drawn from an energy (course task 3.3).
+"""SGLD, HMC and the reservoir: how samples are drawn from an energy (course task 3.3).
 
 Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,).
-
-    from sampler import sgld
-    x = sgld(model.energy, x, steps=60, step_size=10., noise=.005)
 """
-import gc
-
 import torch
 import torch.nn.functional as F
 
@@ -24,19 +19,14 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
       gradient is in general the gradient of no energy, so the law of such chains is not known.
 
     Args:
-        energy: callable, (B, C, H, W) -> (B,). Parameters, their gradients and the mode of a model
-            behind it are left as they are.
+        energy: callable, (B, C, H, W) -> (B,). A model behind it is left as it is.
         x: start of the chains, float32 (B, C, H, W); not changed.
-        steps: K, the number of steps.
-        step_size, noise: see above; noise may also be a sequence, one value for each step (else a
-            ValueError with both numbers).
-        grad_clip: clamps each element of dE/dx to [-grad_clip, grad_clip], or None.
-        clamp: (low, high) of the pixel values, or None.
+        steps: K, their number. noise may also be a sequence of K values.
+        grad_clip: bound of each |dE/dx|, or None. clamp: (low, high) of the pixels, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).
         callback: called as callback(k, x, e) before step k with the state x and its energies (B,).
         free: bool, broadcast to x: the pixels that move. The others keep their values exactly.
-        differentiable: keep the graph of all steps, for gradients with respect to the start.
-    """
+        differentiable: keep the graph of all steps, for gradients with respect to the start."""
     noise = (2 * step_size) ** .5 if noise is None else noise
     noises = list(noise) if torch.as_tensor(noise).ndim else [noise] * steps
     if len(noises) != steps:
@@ -65,35 +55,69 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
     return x
 
 
+def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.),
+        generator=None, callback=None, free=None, leapfrog=1):
+    """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011): the law of `sgld` without the error
+    of its steps. Returns the last state and the share of accepted steps (B,).
+
+    A step draws p ~ N(0, I) and moves `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p,
+    p <- p - a dE/dx, with a = step_size / noise. It is accepted with the probability
+    min(1, exp(H_old - H_new)) for H = E/T + |p|^2 / 2. One move proposes a step of `sgld`:
+    Metropolis-adjusted Langevin (MALA). Arguments as there, but noise is one number above 0, and x
+    lies inside the clamp. A clipped gradient does not change the law."""
+    t = 1. if noise is None else noise ** 2 / (2 * step_size)
+    noise, accepted = (2 * t * step_size) ** .5, 0
+    moves = torch.ones_like(x) if free is None else free.expand_as(x).float()  # (B, C, H, W)
+    bound = torch.inf if grad_clip is None else grad_clip
+
+    @torch.enable_grad()
+    def kick(x):  # E(x) (B,), and step_size / noise * dE/dx (B, C, H, W)
+        x = x.detach().requires_grad_(True)
+        e = energy(x)
+        slope, = torch.autograd.grad(e.sum(), x)
+        return e.detach(), step_size / noise * moves * slope.clamp(-bound, bound)
+    x, (e, push) = x.detach(), kick(x)
+    for k in range(steps):
+        if callback:
+            callback(k, x, e)
+        start = moves * randn(x.shape, generator, x.device)  # (B, C, H, W)
+        q, p, new_e, new_push = x, start, e, push
+        for _ in range(leapfrog):
+            p = p - new_push
+            q = q + noise * p
+            if clamp is not None:  # E is infinite outside the box: q bounces off its walls
+                beyond = moves * (q - q.clamp(*clamp))
+                q, p = q - 2 * beyond, torch.where(beyond == 0, p, -p)
+                q[beyond.abs() > clamp[1] - clamp[0]] = torch.nan  # past both walls: rejected
+            new_e, new_push = kick(q)
+            p = p - new_push
+        rise = (new_e - e) / t + (p.square() - start.square()).flatten(1).sum(1) / 2  # of H, (B,)
+        # Half the square of two normal numbers has the law of -log u for a uniform u.
+        accept = rise < randn((len(x), 2), generator, x.device).square().sum(1) / 2  # (B,)
+        image = accept.view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1)
+        x, push = torch.where(image, q, x), torch.where(image, new_push, push)
+        e, accepted = torch.where(accept, new_e, e), accepted + accept
+    return x, accepted / steps
+
+
 def randn(shape, generator=None, device='cpu'):
     """N(0, I) of `shape` (B, ...). With a list of B generators each image has its own, so its noise
     does not depend on the other images of the batch."""
     if isinstance(generator, list):
-        if len(generator) != shape[0]:
-            raise ValueError(f'{len(generator)} generators for {shape[0]} images')
-        return torch.stack([randn(shape[1:], g, device) for g in generator])
+        return torch.stack([randn(shape[1:], g, device) for g in generator]).view(shape)
     return torch.randn(shape, generator=generator, dtype=torch.float32, device=device)
 
 
 def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
-    Args:
-        sampler: the facts of a training: `steps`, `step_size` (None: .1 * pixels / slope), `noise`,
-            `grad_clip`, `matching` and `slope`, and `pixels`, the number N of values in an image.
-        kind: 'training', chains as the training moves them;
-            'sampling', chains from noise. With a matching term they are annealed (Kirkpatrick et
-            al. 1983): noise step_size / 2 (1 - k/K)^3 for k < K. Hot chains forget their start and
-            choose among the modes, and cold ones fall into the nearest;
-            'descent', no noise: the chain is a function of its start.
-        steps, step_size, noise: replace the decided values; 'descent' never has noise.
-    """
-    if kind not in ('training', 'sampling', 'descent'):
-        raise ValueError(f'kind {kind!r}: choose training, sampling or descent')
-    if steps is None:
-        steps = sampler['steps']
-    if step_size is None:
-        step_size = sampler['step_size']
+    `sampler` holds the facts of a training. The kinds of chains are
+    'training', as the training moves them;
+    'sampling', from noise. With a matching term they are annealed (Kirkpatrick et al. 1983), with
+        noise step_size / 2 (1 - k/K)^3 for k < K: hot chains choose among the modes;
+    'descent', without noise: the chain is a function of its start.
+    steps, step_size and noise replace the decided values, but 'descent' never has noise."""
+    steps, step_size = steps or sampler['steps'], step_size or sampler['step_size']
     if step_size is None:  # E rises by `slope` for each unit of rms distance: a step moves by .1
         step_size = .1 * sampler['pixels'] / sampler['slope']
     if kind == 'descent':
@@ -102,23 +126,18 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
         noise = [step_size / 2 * (1 - k / steps) ** 3 for k in range(steps)]
     elif noise is None:
         noise = sampler['noise']
-    clip = sampler['grad_clip']
-    return {'steps': steps, 'step_size': step_size, 'noise': noise, 'grad_clip': clip}
+    return dict(steps=steps, step_size=step_size, noise=noise, grad_clip=sampler['grad_clip'])
 
 
 def temperature(sampler):
-    """T = noise^2 / (2 step_size) of the law exp(-E/T) of the training chains; at least 1e-9. It is
-    1.3e-6 for the course's step 10 and noise .005, and 2.6e-5 for train.py at 56x56."""
+    """T of the law exp(-E/T) of the training chains, 2.6e-5 by default at 56x56; at least 1e-9."""
     settings = chain_settings(sampler, 'training')
     return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 
 
-# --- where chains start ---------------------------------------------------------------------------
-
 def prior(kind, shape, generator=None, device='cpu'):
-    """Starts of fresh chains, float32 of `shape` (B, C, H, W): 'gaussian', N(0, 0.01); 'uniform'
-    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian and half grainy, so that the energy
-    learns to lead back from everywhere."""
+    """Starts of fresh chains, float32 of `shape` (B, C, H, W): 'gaussian', N(0, 0.01); 'uniform',
+    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian and half grainy."""
     if kind == 'gaussian':
         return .1 * randn(shape, generator, device)
     if kind == 'uniform':
@@ -133,8 +152,7 @@ def prior(kind, shape, generator=None, device='cpu'):
 
 
 def grainy(shape, generator=None, device='cpu'):
-    """Noise of every grain, from clouds to single pixels, and of many contrasts, up to black and
-    white."""
+    """Noise of every grain, from clouds to single pixels, and of many contrasts."""
     batch, channels, height, width = shape
     x = torch.zeros(shape, dtype=torch.float32, device=device)
     grains = [2 ** i for i in range(height.bit_length()) if 2 ** i < height] + [height]
@@ -154,14 +172,8 @@ class Reservoir:
     the head of a ring and starts each one afresh with probability `reinit`; `store` puts them back
     into the same slots. So all chains take turns, and classes never share a slot.
 
-    Args:
-        lengths: list of R numbers of slots, one for each ring. A ring that is asked for more chains
-            at a time than it has gives some of them twice.
-        image_shape: (C, H, W).
-        reinit: share of the drawn chains that start afresh. With 0 and as many slots as a batch
-            they are persistent chains (Tieleman 2008), with 1 short-run MCMC (Nijkamp et al. 2019).
-        kind: their `prior`.
-    """
+    lengths: the number of slots of each of R rings. Chains are persistent (Tieleman 2008) with
+    reinit=0 and a slot for each image of a batch, short-run (Nijkamp et al. 2019) with reinit=1."""
 
     def __init__(self, lengths, image_shape, reinit=.05, kind='mixed', generator=None,
                  device='cpu'):
@@ -190,8 +202,7 @@ class Reservoir:
                 'head': self.head.cpu(), 'lengths': self.lengths.cpu()}
 
     def load_state_dict(self, state):
-        """Take over saved chains, ring by ring: exactly where the rings are as long as they were,
-        else each ring is filled with the saved chains of its class in turn."""
+        """Take over saved chains. A ring of another length gets those of its class in turn."""
         rings = state['chains'].split(state['lengths'].tolist())  # R times (n, C, H, W)
         chains = [ring[torch.arange(length) % len(ring)]
                   for ring, length in zip(rings, self.lengths.tolist(), strict=True)]
@@ -205,8 +216,7 @@ def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kin
 
     reservoir: the number of slots is proportional to the frequency of the class, so that all chains
         are revisited equally often; at least 16, because a batch seldom has more of a rare class.
-    persistent: a batch of chains a ring, never afresh. noise: always afresh. data: starts unused.
-    """
+    persistent: a batch of chains a ring, never afresh. noise: always afresh. data: not used."""
     share = labels.cpu().bincount() / len(labels)  # (R,)
     lengths = (share * slots).ceil().long().clamp_min(min(16, batch_size)).tolist()
     if init != 'reservoir':
@@ -217,44 +227,34 @@ def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kin
 class CudaGraph:
     """A function of tensors that a GPU replays as one CUDA graph: no Python between SGLD steps.
 
-    The first call records its kernels. If they cannot be recorded, a line says so and the function
-    is called as it is. The function must do the same in every call and read nothing back from the
-    GPU. Weights may change in place, and `generator` goes on as it would without the graph."""
+    The first call is a plain one; then the kernels of later ones are recorded. If that fails, a
+    line says so and all calls are plain. The function must do the same in every call and read
+    nothing back from the GPU. `generator` goes on as it would without the graph."""
 
     def __init__(self, function, generator):
-        self.function, self.generator = function, generator
-        self.graph, self.recordable = None, True
+        self.function, self.generator, self.graph, self.inputs = function, generator, None, None
 
     def __call__(self, *inputs):
-        if self.recordable and self.graph is None:
-            self.record(inputs)
-        if self.graph is None:
-            return self.function(*inputs)
-        for own, given in zip(self.inputs, inputs, strict=True):
-            own.copy_(given)
-        self.graph.replay()
-        return self.result.clone()  # the next replay overwrites it
+        if self.graph is not None:
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given)
+            self.graph.replay()
+            return self.result.clone()  # the next replay overwrites it
+        result = self.function(*inputs)  # a first call sets up libraries: it is not recorded
+        if self.inputs is None:
+            self.inputs = [x.clone() for x in inputs]  # the graph reads its inputs here
+            self.record(torch.cuda.CUDAGraph(), self.generator.clone_state())
+        return result
 
-    def record(self, inputs):
-        self.inputs = [x.clone() for x in inputs]  # the graph reads its inputs here
-        state, spare = self.generator.get_state(), self.generator.clone_state()
-        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
-        side.wait_stream(main)
-        with torch.cuda.stream(side):  # a first call sets up libraries, which is not to be recorded
-            self.function(*self.inputs)
-        main.wait_stream(side)
-        self.generator.set_state(state)
-        graph = torch.cuda.CUDAGraph()
-        gc.collect()  # freeing another graph during the recording would spoil it
+    def record(self, graph, spare):
         try:
             if torch.__version__ < '2.14':  # compared as a version; newer ones find it themselves
                 graph.register_generator_state(self.generator)
             # A recording that fails does not restore the stream by itself.
-            with torch.cuda.stream(main), torch.cuda.graph(graph):
+            with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
                 self.result = self.function(*self.inputs)
             self.graph = graph
         except Exception as error:
             self.generator.graphsafe_set_state(spare)  # the old one still believes in a recording
-            self.recordable = False
             reason = str(error.__context__ or error).splitlines()[0]
             print(f'no CUDA graph, plain chains instead: {reason}')

@@ -13,7 +13,7 @@ import torch.utils.checkpoint
 from hints import assert_close, nearest_slip
 from torch import nn
 
-from sampler import (Reservoir, chain_settings, grainy, make_reservoir, prior, randn, sgld,
+from sampler import (Reservoir, chain_settings, grainy, hmc, make_reservoir, prior, randn, sgld,
                      temperature)
 
 
@@ -193,8 +193,9 @@ def test_each_image_has_its_own_random_stream():
     alone = sgld(quadratic(1.), x[:1], 5, .1, .1, generator=streams(5))
     assert torch.equal(together[2:], alone)
     assert len(randn((3, 1, 4, 4), seeded()).unique(dim=0)) == 3
-    with pytest.raises(ValueError, match='2 generators for 3 images'):
-        randn((3, 1, 4, 4), streams(3, 4))
+    for count in (1, 2):
+        with pytest.raises(RuntimeError, match='shape'):
+            randn((3, 1, 4, 4), streams(3, 4)[:count])
 
 
 def test_pixels_that_are_not_free_are_held():
@@ -222,6 +223,148 @@ def test_gradient_through_the_chain():
         (weight * end).sum().backward()
         assert_close(end, .8 ** 4 * start, 'state')
         assert_close(x.grad, .8 ** 4 * weight, 'a gradient of 1 shows that dE/dx had no graph')
+
+
+# --- HMC ------------------------------------------------------------------------------------------
+
+PRECISION = torch.linalg.inv(torch.tensor([[1., .9], [.9, 1.]]))
+
+
+def correlated(x):
+    """The energy of a normal law of two pixels with the variances 1 and the correlation .9."""
+    x = x.flatten(1)  # (B, 2)
+    return (x @ PRECISION * x).sum(1) / 2
+
+
+def heavy(x):
+    """Student's t with 5 degrees of freedom: its variance is 5/3."""
+    return 3 * (x.square() / 5).log1p().sum(dim=(1, 2, 3))
+
+
+def tilted(x):
+    """A double well, of which the left one is deeper."""
+    return (2 * (x.square() - 1).square() + .3 * x).sum(dim=(1, 2, 3))
+
+
+def slope(x):
+    return 3 * x.sum(dim=(1, 2, 3))
+
+
+def exact(energy, low=-9., high=9.):
+    """Mean, variance and standard error of the variance of 20,000 draws, for one pixel."""
+    x = torch.linspace(low, high, 100_001, dtype=torch.float64)
+    p = (-energy(x.view(-1, 1, 1, 1))).softmax(0)
+    mean = (p * x).sum()
+    variance, fourth = (p * (x - mean) ** 2).sum(), (p * (x - mean) ** 4).sum()
+    return mean, variance, ((fourth - variance ** 2) / 20_000).sqrt()
+
+
+def draws(sampler, energy, shape, steps, step_size, clamp=None, **more):
+    """20,000 chains from N(0, .25) -> (20,000, pixels), and their acceptance rates."""
+    start = .5 * torch.randn(20_000, *shape, generator=seeded(1)).clamp(-2, 2)
+    end = sampler(energy, start, steps, step_size, clamp=clamp, generator=seeded(), **more)
+    end, rate = (end, None) if sampler is sgld else end
+    return end.flatten(1), rate
+
+
+@pytest.mark.parametrize('steps, leapfrog', [(120, 1), (20, 5)])
+def test_hmc_keeps_a_correlation_that_sgld_loses(steps, leapfrog):
+    """Steps of .05 are not small for the narrow direction: SGLD has .870 for .900 there, HMC and
+    MALA are right within 3 standard errors, and only they say how often a step is refused."""
+    x, rate = draws(hmc, correlated, (1, 1, 2), steps, .05, leapfrog=leapfrog)
+    assert abs(x.T.corrcoef()[0, 1] - .9) < 3 * .19 / 20_000 ** .5
+    assert (x.var(0) - 1).abs().max() < 3 * (2 / 20_000) ** .5
+    assert x.mean(0).abs().max() < 3 / 20_000 ** .5
+    assert rate.shape == (20_000,) and 0 < rate.min() and rate.max() <= 1
+    assert .85 < rate.mean() < .95, f'{rate.mean():.2f} of the steps are accepted'
+    biased = draws(sgld, correlated, (1, 1, 2), 120, .05)[0].T.corrcoef()[0, 1]
+    assert abs(biased - .870) < .006, 'the measured error of SGLD'
+
+
+@pytest.mark.parametrize('energy, steps, step_size, leapfrog, off', [
+    (heavy, 60, .5, 1, .4), (heavy, 30, .5, 3, .4), (tilted, 80, .05, 5, -.05)])
+def test_hmc_has_the_moments_of_a_heavy_tail_and_of_two_wells(energy, steps, step_size, leapfrog,
+                                                             off):
+    """Within 3 standard errors; the variance of SGLD with the same steps is off by `off` or more.
+    Two wells need several leapfrog steps: they carry chains across the barrier."""
+    mean, variance, error = exact(energy, *((-200., 200.) if energy is heavy else ()))
+    x, _ = draws(hmc, energy, (1, 1, 1), steps, step_size, leapfrog=leapfrog)
+    assert abs(x.mean() - mean) < 3 * (variance / 20_000) ** .5
+    assert abs(x.var() - variance) < 3 * error, f'variance {x.var():.3f}, not {variance:.3f}'
+    biased, _ = draws(sgld, energy, (1, 1, 1), 120, step_size)
+    biased = biased[biased.isfinite()].var() - variance  # some chains run away
+    assert biased / off > 1, f'the error of SGLD is {biased:.3f}'
+
+
+@pytest.mark.parametrize('leapfrog', [1, 4])
+def test_hmc_bounces_off_the_walls_of_the_box(leapfrog):
+    """E = 3 x in [-1, 1]. Projected Langevin sticks to the wall, HMC does not. Pixels that start on
+    the walls, as those of many images do, hold no chain."""
+    mean, variance, error = exact(slope, -1., 1.)
+    x, _ = draws(hmc, slope, (1, 1, 1), 60, .1, clamp=(-1., 1.), leapfrog=leapfrog)
+    assert abs(x.mean() - mean) < 3 * (variance / 20_000) ** .5
+    assert abs(x.var() - variance) < 3 * error and x.abs().max() <= 1
+    assert draws(sgld, slope, (1, 1, 1), 60, .1, clamp=(-1., 1.))[0].mean() < mean - .1
+    corner = torch.randn(8, 1, 20, 20, generator=seeded()).sign()
+    x, rate = hmc(lambda x: .1 * slope(x), corner, 20, .001, leapfrog=leapfrog, generator=seeded())
+    assert rate.min() > .7 and x.abs().max() <= 1
+    far, rate = hmc(slope, torch.zeros(8, 1, 1, 1), 5, 50., leapfrog=leapfrog, generator=seeded())
+    assert far.abs().max() <= 1 and rate.max() < 1, 'past both walls: rejected'
+
+
+def test_one_leapfrog_step_proposes_the_step_of_sgld():
+    """Of the same noise, at any temperature: an accepted state is SGLD's, others stay."""
+    x = torch.rand(400, 1, 2, 2, generator=seeded(1))
+    for noise, clip in [(None, None), (.3, None), (.3, .2)]:
+        proposed = sgld(quadratic(.5), x, 1, .1, noise, clip, clamp=None, generator=seeded())
+        end, rate = hmc(quadratic(.5), x, 1, .1, noise, clip, clamp=None, generator=seeded())
+        image = rate.bool().view(-1, 1, 1, 1)
+        assert_close(end, torch.where(image, proposed, x), 'x - step_size dE/dx + noise * xi')
+        assert .4 < rate.mean() < 1 and set(rate.tolist()) == {0., 1.}
+
+
+def test_temperature_of_hmc():
+    """T = noise^2 / (2 * step_size) exactly, also for large steps and with a clipped gradient."""
+    for clip in (None, .5):
+        x, _ = draws(hmc, quadratic(1.), (1, 1, 1), 40, .6, noise=.8, leapfrog=2, grad_clip=clip)
+        t = .8 ** 2 / (2 * .6)
+        assert abs(x.var() / t - 1) < 3 * (2 / 20_000) ** .5, f'T {x.var():.3f}, not {t:.3f}'
+
+
+def test_hmc_moves_free_pixels_alone():
+    """The others keep their bits, also outside of the clamp, and the free ones follow the law that
+    is conditioned on them: of a correlation .9, N(.9 x, .19)."""
+    x = torch.tensor([1.5, 0.]).expand(20_000, 1, 1, 2)
+    free = torch.tensor([False, True]).expand(1, 1, 1, 2)
+    end, rate = hmc(correlated, x, 60, .05, clamp=(-9., 9.), generator=seeded(), free=free)
+    assert end[..., 0].eq(1.5).all() and .9 < rate.mean() < 1
+    assert abs(end[..., 1].mean() - 1.35) < 3 * (.19 / 20_000) ** .5
+    assert abs(end[..., 1].var() - .19) < 3 * .19 * (2 / 20_000) ** .5
+    outside = 3 * torch.randn(4, 2, 6, 6, generator=seeded())
+    held, _ = hmc(quadratic(1.), outside, 3, .1, free=outside.abs() < 1, generator=seeded())
+    assert torch.equal(held == outside, outside.abs() >= 1)
+
+
+def test_hmc_has_the_conventions_of_sgld():
+    """A stream for each image; callback(k, x, e) before each step; start and model stay."""
+    def streams(*seeds):
+        return [seeded(seed) for seed in seeds]
+
+    x, seen = torch.rand(1, 1, 4, 4, generator=seeded()).expand(3, -1, -1, -1), []
+    together, rate = hmc(quadratic(.2), x, 9, .01, generator=streams(3, 4, 5), leapfrog=2,
+                         callback=lambda k, x, e: seen.append((k, x, e)))
+    alone, own = hmc(quadratic(.2), x[:1], 9, .01, generator=streams(5), leapfrog=2)
+    assert torch.equal(together[2:], alone) and torch.equal(rate[2:], own)
+    assert 0 < rate.mean() < 1 and not together.requires_grad
+    assert [k for k, _, _ in seen] == [*range(9)] and torch.equal(seen[0][1], x)
+    for _, state, e in seen:
+        assert torch.equal(e, quadratic(.2)(state)), 'the energies belong to this state'
+        assert not state.requires_grad and not e.requires_grad
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 1), nn.Flatten(0))
+    start = torch.rand(2, 1, 4, 4)
+    with torch.no_grad():
+        hmc(model, start, 2, .1)
+    assert not start.requires_grad and model[1].weight.grad is None
 
 
 # --- settings of all chains -----------------------------------------------------------------------
@@ -292,11 +435,6 @@ def test_temperature_of_training_chains(given, wanted):
     s = (settings['step_size'] / .05) ** .5  # an energy so flat that a = .05
     x = sgld(quadratic(s), torch.zeros(20_000, 1, 1, 1), **settings, generator=seeded())
     assert x.var().item() / s ** 2 == pytest.approx(wanted, rel=.06)
-
-
-def test_unknown_kind_of_chains_is_an_error():
-    with pytest.raises(ValueError, match="'sampeling': choose training, sampling or descent"):
-        chain_settings(FACTS, 'sampeling')
 
 
 # --- starts of chains -----------------------------------------------------------------------------
