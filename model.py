@@ -19,6 +19,8 @@ import sys
 
 if {'train.py', 'generate.py', 'ood.py'} & {*map(os.path.basename, sys.orig_argv)}:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
+    if hasattr(sys.stdout, 'reconfigure'):  # it may be closed
+        sys.stdout.reconfigure(errors='backslashreplace')  # class names may be in any alphabet
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -26,8 +28,7 @@ from torch import nn
 
 
 class EnergyModel(nn.Module):
-    """A network `features`, a linear `head`, and the energies of its K logits. width: feature maps
-    of the first convolution; precision 'bf16': convolutions in bfloat16; K = 1: a plain EBM."""
+    """A network and the energies of its K logits; precision 'bf16': convolutions in bfloat16."""
 
     def __init__(self, num_classes=1, channels=1, width=32, temperature=1., precision='fp32'):
         super().__init__()
@@ -102,8 +103,7 @@ class CheckpointError(ValueError):
 
 
 def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
-    """Write a checkpoint to an open file; the dict below is the whole format. args: all flags;
-    data: `Data.describe()`; sampler: for `chain_settings`; run: for --resume."""
+    """Write the dict below to an open file. data: `Data.describe()`; run: for --resume."""
     checkpoint = {'network': str(model), 'settings': model.settings, 'weights': model.state_dict(),
                   'class_names': data['class_names'] if model.settings['num_classes'] > 1 else [],
                   'args': args, 'data': data, 'sampler': sampler, 'epoch': epoch, 'run': run}
@@ -113,16 +113,16 @@ def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
 
 
 def load_model(path, device='cpu', precision='fp32'):
-    """The network of a checkpoint, frozen, and the dict of `save_checkpoint`. No file can run code.
-    Raises CheckpointError if it cannot be used, or if model.py builds other layers now."""
+    """The frozen network of a checkpoint and the dict of `save_checkpoint`; no file can run code."""
     reason = 'damaged or of another program' if os.path.exists(path) else 'no such file'
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)
         model = EnergyModel(**checkpoint['settings'], precision=precision)
         _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # needed
-        if str(model) != checkpoint['network']:
-            reason = 'trained with another network than model.py builds now'
-            raise ValueError(reason)
+        for old, new in zip(checkpoint['network'].splitlines(), str(model).splitlines()):
+            if old != new:
+                reason = f'trained with{old}, while model.py builds{new} now'
+                raise ValueError(reason)
         model.load_state_dict(checkpoint['weights'])
     except Exception as error:  # torch.load raises many kinds of exceptions for damaged files
         raise CheckpointError(f'{path}: {reason}; train one with python train.py') from error

@@ -329,6 +329,15 @@ def test_a_notebook_that_calls_the_script(desk):
     assert done.returncode == 0, done.stderr
 
 
+def test_names_in_any_alphabet(desk):
+    """Where the output cannot hold a letter, as in a file on Windows, it is written as a code."""
+    (desk / 'LETTERS/a/0.png').rename(desk / 'ſ.png')
+    done = subprocess.run([sys.executable, ood.__file__, '--ckpt', 'run/best.pt', *CPU,
+                           '--check', 'ſ.png'], capture_output=True, text=True,
+                          env={**os.environ, 'PYTHONIOENCODING': 'cp1252'})
+    assert done.returncode == 0 and r'\u017f.png' in done.stdout, done.stderr
+
+
 @pytest.mark.parametrize('cores, threads, asked, left', [
     (4, 4, None, [3]), (2, 2, None, [1]), (1, 1, None, []), (4, 2, None, []), (4, 4, '4', [])])
 def test_a_core_is_left_to_other_programs(cores, threads, asked, left, monkeypatch, desk):
