@@ -113,7 +113,7 @@ def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
 
 
 def load_model(path, device='cpu', precision='fp32'):
-    """The frozen network of a checkpoint and the dict of `save_checkpoint`; no file can run code."""
+    """The frozen network of a checkpoint, and the dict of `save_checkpoint`. Runs no code."""
     reason = 'damaged or of another program' if os.path.exists(path) else 'no such file'
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)

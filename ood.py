@@ -235,7 +235,7 @@ def check(model, class_names, data, args):
             continue
         logits, energy, _ = evaluate(model, images, args.device)  # (N, K), (N,)
         for name, f, e in zip(names, logits, energy):
-            verdict = 'in-distribution' if e <= threshold else 'OOD'  # also if e is NaN
+            verdict = 'OOD' if e > threshold or e.isnan() else 'in-distribution'
             row = {'file': name, 'energy': f'{e:.6g}', 'verdict': verdict}
             if class_names:  # a plain EBM has none
                 row['class'] = class_names[f.argmax()]

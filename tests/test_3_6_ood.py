@@ -402,6 +402,15 @@ def test_check(trained, others, glyphs, tmp_path, refused):
     assert {row['class'] + row['confidence'] for row in rows} == {''}  # a plain EBM
 
 
+def test_an_energy_that_is_no_number_is_ood(trained, glyphs, tmp_path):
+    """A network with a NaN in it knows nothing, and calls nothing in-distribution."""
+    checkpoint = torch.load(trained / 'best.pt', weights_only=True)
+    checkpoint['weights']['head.bias'][0] = torch.nan
+    torch.save(checkpoint, tmp_path / 'best.pt')
+    run(tmp_path / 'best.pt', tmp_path, '--check', glyphs / 'test.npy')
+    assert {row['verdict'] for row in read_rows(tmp_path / 'check.csv')} == {'OOD'}
+
+
 def test_check_takes_each_image_once(trained, tmp_path, capsys):
     """Every page of a file gets a verdict, a folder called like an image is a folder, and files
     that cannot be read are not in the count that is printed."""
