@@ -17,27 +17,23 @@ import os
 from collections import namedtuple
 from pathlib import Path
 
+from model import CommandLine, fail, load_model, number, user_mistakes  # before torch, see there
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from data import (DataError, atomic_write, blur, check_apart, load_data, load_images, save_grid,
                   to_float, to_uint8, write_csv)
-from model import CommandLine, fail, load_model, number, user_mistakes
 from sampler import chain_settings, prior, randn, sgld
-
-# --- the one sampler ----------------------------------------------------------------------------
 
 CHUNK = 32  # chains that run together: bounds the memory
 
 
 def draw(energy, start, args, streams=(), free=None, keep=()):
     """Run SGLD from every start (N, C, H, W), CHUNK chains at a time. Returns the last states x
-    (N, C, H, W) and the states {step: (N, C, H, W)} at the steps in `keep`.
-
-    energy is a callable (x, i) -> (B,): x (B, C, H, W) are the states of the chains with numbers i
-    (B,), so it can look up their labels y[i]. streams are N torch.Generators; chains without noise
-    need none. free, bool (N, 1, H, W), says which pixels move; None means all."""
+    (N, C, H, W) and the states {step: (N, C, H, W)} at the steps in `keep`. energy is a callable
+    (x, i) -> (B,), in which i (B,) are the numbers of the chains x (B, C, H, W), to look up labels.
+    streams are N torch.Generators. free, bool (N, 1, H, W), says which pixels move."""
     count = len(start)
     streams = [*streams, *[torch.Generator(args.device)] * CHUNK]  # the last ones are for copies
     frames = sorted({round(k) for k in np.linspace(0, args.steps, 60)}) if args.gif else []
@@ -93,8 +89,6 @@ def guided(model, y, args):
     return energy
 
 
-# --- from noise: each mode draws its picture and returns its images -------------------------------
-
 def samples(model, checkpoint, args):
     """A grid of samples: a row for each of --classes, or --count rows of eight."""
     y, streams, z = start_samples(8 * args.count, args.count, checkpoint, args)
@@ -116,7 +110,29 @@ def chain(model, checkpoint, args):
               f'SGLD with noise {args.settings["noise"]:g}: step, and the energy below each state',
               rows=class_names(y, checkpoint), heads=shown,
               captions=[f'{value:.2f}' for value in e.flatten().tolist()])
+    tell_mixing(energy, checkpoint, args)
     return x
+
+
+def tell_mixing(energy, checkpoint, args):
+    """Print split R-hat, near 1 if eight chains of the class of the first row mix, and how many
+    independent samples the second half of their states is worth (Gelman et al. 2004): the worst
+    for the energy and the brightness of each quarter of the image."""
+    (streams, z), trace, n = start_noise(8, checkpoint, args), [], max(1, args.steps // 4)
+    first = torch.zeros(8, dtype=torch.long, device=args.device)
+
+    def watch(k, x, e):
+        quarters = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # (8, 4 * C)
+        trace.append(torch.cat([e[:, None], quarters], dim=1).cpu())  # (8, Q)
+    sgld(lambda x: energy(x, first), z, generator=streams, callback=watch, **args.settings)
+    x = torch.stack(trace[-2 * n:], dim=1).double()  # (8, 2n, Q)
+    halves = torch.cat([x[:, :n], x[:, -n:]])  # (16, n, Q)
+    within = halves.var(1, correction=0).mean(0)  # (Q,)
+    total = within + halves.mean(1).var(0)
+    r_hat = (total / within * (n - 1) / n).sqrt().max()
+    worth = (8 * total / x.mean(1).var(0)).min()  # means of n independent values vary by total / n
+    print(f'8 chains of {2 * n} states: R-hat {r_hat:.2f}, worth {worth:.0f} independent states; '
+          f'they {"mix" if r_hat < 1.1 else "do not mix: each shows the mode that it fell into"}')
 
 
 def interpolate(model, checkpoint, args):
@@ -165,8 +181,7 @@ def compose(model, checkpoint, args):
 
 def start_samples(count, per_class, checkpoint, args):
     """Labels y (N,), or None for E(x), random streams and noises z (N, C, H, W): `per_class` of
-    each of --classes, or else `count` with labels as frequent as in the training data. With such
-    labels, samples of p(x|y) are samples of p(x)."""
+    each of --classes, or else `count` with labels as frequent as in the data, so that x ~ p(x)."""
     if args.classes:
         y = class_labels(args.classes, checkpoint, args).repeat_interleave(per_class)  # (N,)
         return y, *start_noise(len(y), checkpoint, args)
@@ -190,8 +205,6 @@ def class_labels(names, checkpoint, args):
 def class_names(y, checkpoint):
     return [] if y is None else [checkpoint['class_names'][label] for label in y.tolist()]
 
-
-# --- from images ----------------------------------------------------------------------------------
 
 def reconstruct(model, checkpoint, args):
     """The noise z from which a chain without noise ends in a given image x: Adam on |M(z) - x|^2
@@ -243,20 +256,15 @@ def missing_pixels(streams, x, args):
     missing = torch.zeros(height, width, dtype=torch.bool, device=args.device)
     if args.mask == 'left':
         missing[:, :width // 2] = True
-    elif args.mask == 'centre':
+    else:  # centre
         missing[height // 4:height - height // 4, width // 4:width - width // 4] = True
-    else:
-        missing = load_images(args.mask, height, 1)[0][0, 0].to(args.device) > 127  # (H, W)
-        if not missing.any():
-            fail(f'--mask {args.mask}: all of one colour; make missing pixels white, others black')
     return missing.expand(count, 1, -1, -1)  # (H, W) -> (N, 1, H, W)
 
 
 def denoise(model, checkpoint, args):
     """Chains without noise of their own start from an image with Gaussian noise of deviation s and
-    follow E(x) + w / (2 s^2) |x - noisy|^2. This is w times the energy of p(x | noisy) for the
-    prior exp(-E/w). As w is --data-weight / step size, a step takes x back by --data-weight / s^2
-    of its distance to the noisy image. Total variation is there to compare with."""
+    follow E(x) + w / (2 s^2) |x - noisy|^2, w times the energy of p(x | noisy) for the prior
+    exp(-E/w), with w = --data-weight / step size. Total variation is there to compare with."""
     x, y = given_images(checkpoint, args)  # (N, C, H, W), (N,)
     s = torch.tensor(args.strengths, device=args.device).repeat_interleave(len(x))  # (S * N,)
     streams, z = start_noise(len(s), checkpoint, args)
@@ -370,9 +378,8 @@ def heat_map(x, gradient):
 
 def evaluate(model, checkpoint, args):
     """An independent classifier, the judge, looks at a sample for each of --images test images, of
-    the same class, and in the row `more real` at other test images instead. agreement: the share
-    that it puts into the class asked for. frechet: distance of its features from those of the test
-    images. distinct, coverage: see `variety`; a blur takes away fine grain, which is no variety."""
+    the same class, and in the row `more real` at other test images. agreement: the share that it
+    puts into the class asked for. A blur takes away fine grain, which is no variety."""
     if not checkpoint['class_names']:
         fail(f'--mode evaluate: {args.ckpt} is a plain EBM without classes; evaluate a JEM')
     judge, test = load_judge(checkpoint, args), load_test(checkpoint, args)
@@ -402,9 +409,8 @@ def load_judge(checkpoint, args):
     """The classifier at --judge: of another run, on the same data, split in the same way."""
     flags = checkpoint['args']
     if not args.judge:
-        fail('--mode evaluate: needs an independent classifier; train one with python train.py '
-             f'--data {flags["data"]} --seed {flags["seed"]} --px-weight 0 --width 48 --out judge '
-             'and name it with --judge judge/best.pt')
+        fail('--mode evaluate: needs --judge judge/best.pt, a classifier of python train.py --data '
+             f'{flags["data"]} --seed {flags["seed"]} --px-weight 0 --width 48 --out judge')
     judge, facts = load_model(args.judge, args.device, args.precision)
     same_data = facts['data'] == checkpoint['data'] and facts['args']['seed'] == flags['seed']
     if facts['args'] == flags or not facts['class_names'] or not same_data:
@@ -445,11 +451,10 @@ def frechet_distance(a, b):
 
 
 def variety(features, real, y, k=5):
-    """`distinct`: the share of samples that are farther from the nearest other sample of their
-    class than the closest 5 % of real images from theirs. `coverage` (Naeem et al. 2020): the share
-    of real images with a sample of their class within the distance of their k-th nearest other real
-    image, or of the farthest if there are fewer. Both get features (N, D) with the same labels y
-    (N,) for samples and real images; those alone in their class are left out."""
+    """`distinct`: the share of samples farther from the nearest other sample of their class than
+    the closest 5 % of real images from theirs. `coverage` (Naeem et al. 2020): the share of real
+    images with a sample of their class within the distance of their k-th nearest other real image,
+    or the farthest. Both have features (N, D) and labels y (N,); classes of one do not count."""
     def distances(a, b):  # (N, D) both -> (N, N), inf between classes, 0 for equal features
         distance = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
         return distance.masked_fill(y[:, None] != y, torch.inf)
@@ -462,10 +467,7 @@ def variety(features, real, y, k=5):
     return [share[others].double().mean().item() for share in (distinct, covered)]
 
 
-# --- the command line -----------------------------------------------------------------------------
-
-# kind: see `chain_settings`; steps, images: default values; flags: those of not every mode.
-Mode = namedtuple('Mode', 'function kind steps images flags')
+Mode = namedtuple('Mode', 'function kind steps images flags')  # the flags of not every mode
 CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
@@ -490,8 +492,8 @@ def parse_args(argv=None):
     flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
-    flag('--count', type=count, default=8, help='samples of each class, or rows of eight samples; '
-         'completions in inpaint; rows in chain and interpolate without --classes')
+    flag('--count', type=count, default=8, help='samples of each class, completions in inpaint, '
+         'or without --classes rows')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
     flag('--steps', type=count, help='default: from 24 to 256, see MODES in generate.py')
@@ -505,10 +507,8 @@ def parse_args(argv=None):
     flag('--data', help='where the data of the checkpoint are now')
     flag('--data-root', type=Path, help='where downloads and letterpress are now')
     flag('--iterations', type=count, default=60, help='reconstruct: steps of Adam')
-    flag('--mask', default='left', help=f'inpaint: {", ".join(MASKS)}, or an image file that is '
-         'white where pixels are missing')
-    flag('--strengths', type=positive, nargs='+', default=[.2, .4, .8], metavar='S',
-         help='denoise: standard deviations of the noise')
+    flag('--mask', default='left', help=f'inpaint: missing pixels; {", ".join(MASKS)}')
+    flag('--strengths', type=positive, nargs='+', default=[.2, .4, .8], help='denoise: noise added')
     flag('--data-weight', type=weight, default=.0003, help='denoise: pull to the noisy image')
     flag('--ckpt2', type=Path, help='compose: checkpoint of the second expert')
     flag('--weight', type=weight, default=.2, help='compose: w of the negation E1 - w E2')
@@ -521,8 +521,8 @@ def parse_args(argv=None):
             parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')
     if args.mode == 'denoise' and args.data_weight > min(args.strengths) ** 2:
         parser.error('--data-weight: must be at most the square of each of --strengths')
-    if args.mask not in MASKS and not os.path.isfile(args.mask):
-        parser.error(f'--mask {args.mask}: no such image, and none of {", ".join(MASKS)}')
+    if args.mask not in MASKS:
+        parser.error(f'--mask {args.mask}: choose from {", ".join(MASKS)}')
     outputs = [os.path.realpath(args.out / f'{args.mode}.{end}') for end in ('png', 'npy', 'gif')]
     if args.start and (args.images or args.data):
         parser.error('--start: all of its images are used; leave out --images and --data')
