@@ -130,7 +130,7 @@ time.sleep(9)
 '''
 
 
-@pytest.mark.parametrize('script', [train, ood])
+@pytest.mark.parametrize('script', [train, generate, ood])
 def test_ctrl_c_while_libraries_are_imported(script, tmp_path):
     """It ends a script at once, without a traceback. A program that imports the files, such as a
     notebook, keeps its own Ctrl-C."""
