@@ -18,7 +18,6 @@ from collections import namedtuple
 from pathlib import Path
 
 from model import CommandLine, fail, load_model, number, user_mistakes  # before torch, see there
-from model import CommandLine, fail, load_model, number, user_mistakes  # before torch, see there
 import numpy as np
 import torch
 from tqdm import tqdm
