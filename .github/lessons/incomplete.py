@@ -8,10 +8,12 @@ Langevin dynamics follow one energy (Xie, Lu, Zhu and Wu 2016, A Theory of Gener
     a <- a - s dE/dx(a) + noise       of all pixels, from noise: samples
     b <- b - s dE/dx(b) + noise       of the hidden pixels, from the incomplete image: recovery
 
-If a follows p and b follows p given the visible pixels, the gradient of -T log p(visible pixels)
-is the mean of grad E(b) less that of grad E(a). So training descends E(b) - E(a), and the
-cross-entropy of b. The matching term of train.py is taken around b, but only for dE/dx of visible
-pixels: from hidden ones it would learn its own guesses.
+If a follows p and b follows p given the visible pixels, -T log p(visible pixels) has the gradient
+mean grad E(b) - mean grad E(a). So training descends E(b) - E(a) and the cross-entropy of b. The
+matching term of train.py, around b, asks for dE/dx of visible pixels only, not of its own guesses.
+
+Digits, seeds 0 to 2, 1,257 images: 23.0 dB for random (mean fill 10.0, total variation 20.0). half
+gets 15.3, less than the mean of the class, 17.1: cold chains stay where their first guess was.
 """
 import os
 import sys
