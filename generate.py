@@ -12,12 +12,12 @@
 Each mode writes a picture, MODE.png, and its images (concepts: its gradients), MODE.npy, float32
 (N, C, H, W), into --out. Image i has its own random stream: sample 7 is the same in every grid.
 """
+from model import CommandLine, fail, load_model, number, user_mistakes  # first, see there
 import math
 import os
 from collections import namedtuple
 from pathlib import Path
 
-from model import CommandLine, fail, load_model, number, user_mistakes  # before torch, see there
 import numpy as np
 import torch
 from tqdm import tqdm

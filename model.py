@@ -9,18 +9,18 @@ One network gives K logits f(x)[y], and one law follows from them, p(x, y) = exp
 With T = 1 these are eq. 4 to 7 of JEM (Grathwohl et al. 2020). train.py sets T to the temperature
 of its chains, or to 1 for a classifier. Low energy = likely = in-distribution. K = 1: a plain EBM.
 """
-import argparse
-import contextlib
-import io
-import math
 import os
 import signal
 import sys
-
 if {'train.py', 'generate.py', 'ood.py'} & {*map(os.path.basename, sys.orig_argv)}:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
     if hasattr(sys.stdout, 'reconfigure'):  # it may be closed
         sys.stdout.reconfigure(errors='backslashreplace')  # class names may be in any alphabet
+import argparse
+import contextlib
+import io
+import math
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F

@@ -9,6 +9,8 @@ Writes best.pt, last.pt, log.csv, updates.csv (a row every ten updates), curves.
 into --out. best.pt is the epoch with the best score: the mean of val_auprc (macro AUPRC of softmax
 f) and val_auroc (E(x) against noise and mixtures of two images), or the only one of the model.
 """
+from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
+                   rank, ranks, save_checkpoint, user_mistakes)  # first, see there
 import argparse
 import copy
 import math
@@ -17,8 +19,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
-                   rank, ranks, save_checkpoint, user_mistakes)  # before torch, see there
 import numpy as np
 import torch
 import torch.distributed as dist
