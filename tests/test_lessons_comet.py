@@ -59,6 +59,9 @@ def test_the_whole_energy_is_the_sum_of_its_parts(lesson, model, images, monkeyp
     monkeypatch.setattr(lesson, 'sgld', lambda energy, *_, **__: seen.append(energy(images)))
     model.generate(z, images)
     torch.testing.assert_close(seen[0], parts.sum(1))
+    for weight in model.out.parameters():  # the energy is a square: bounded below whatever g is
+        weight.data.neg_()
+    assert torch.equal(model.energies(images, model.of_z(z)), parts)
 
 
 def test_the_loss_reaches_every_weight_through_the_steps(model, images):
