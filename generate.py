@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (DataError, atomic_write, blur, check_apart, load_data, load_images, save_grid,
@@ -89,6 +90,8 @@ def guided(model, y, args):
     return energy
 
 
+# --- from noise: each mode draws its picture and returns its images -------------------------------
+
 def samples(model, checkpoint, args):
     """A grid of samples: a row for each of --classes, or --count rows of eight."""
     y, streams, z = start_samples(8 * args.count, args.count, checkpoint, args)
@@ -115,24 +118,21 @@ def chain(model, checkpoint, args):
 
 
 def tell_mixing(energy, checkpoint, args):
-    """Print split R-hat, near 1 if eight chains of the class of the first row mix, and how many
-    independent samples the second half of their states is worth (Gelman et al. 2004): the worst
-    for the energy and the brightness of each quarter of the image."""
-    (streams, z), trace, n = start_noise(8, checkpoint, args), [], max(1, args.steps // 4)
-    first = torch.zeros(8, dtype=torch.long, device=args.device)
+    """Print whether chains forget their starts: R-hat (Gelman and Rubin 1992) of eight chains of
+    the class of the first row, over the second half of their steps, and how many independent states
+    they are worth; the worst for the energy and the brightness of each quarter of the image."""
+    streams, z = start_noise(8, checkpoint, args)
+    trace = []
 
     def watch(k, x, e):
-        quarters = torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)  # (8, 4 * C)
-        trace.append(torch.cat([e[:, None], quarters], dim=1).cpu())  # (8, Q)
-    sgld(lambda x: energy(x, first), z, generator=streams, callback=watch, **args.settings)
-    x = torch.stack(trace[-2 * n:], dim=1).double()  # (8, 2n, Q)
-    halves = torch.cat([x[:, :n], x[:, -n:]])  # (16, n, Q)
-    within = halves.var(1, correction=0).mean(0)  # (Q,)
-    total = within + halves.mean(1).var(0)
-    r_hat = (total / within * (n - 1) / n).sqrt().max()
-    worth = (8 * total / x.mean(1).var(0)).min()  # means of n independent values vary by total / n
-    print(f'8 chains of {2 * n} states: R-hat {r_hat:.2f}, worth {worth:.0f} independent states; '
-          f'they {"mix" if r_hat < 1.1 else "do not mix: each shows the mode that it fell into"}')
+        quarters = F.adaptive_avg_pool2d(x, 2).flatten(1)  # (8, 4 * C)
+        trace.append(torch.cat([e[:, None], quarters], dim=1).cpu().double())  # (8, 1 + 4 * C)
+    sgld(lambda x: energy(x, [0] * 8), z, generator=streams, callback=watch, **args.settings)
+    x = torch.stack(trace[args.steps // 2:], dim=1)  # (8, n, 1 + 4 * C)
+    within, between = x.var(1, correction=0).mean(0), x.mean(1).var(0)  # (1 + 4 * C,) both
+    r_hat, worth = (1 + between / within).sqrt().max(), (8 * (1 + within / between)).min()
+    print(f'8 chains of {x.shape[1]} states: R-hat {r_hat:.2f} (near 1 if they mix), worth '
+          f'{worth:.0f} independent states')
 
 
 def interpolate(model, checkpoint, args):
@@ -205,6 +205,8 @@ def class_labels(names, checkpoint, args):
 def class_names(y, checkpoint):
     return [] if y is None else [checkpoint['class_names'][label] for label in y.tolist()]
 
+
+# --- from images ----------------------------------------------------------------------------------
 
 def reconstruct(model, checkpoint, args):
     """The noise z from which a chain without noise ends in a given image x: Adam on |M(z) - x|^2
@@ -507,7 +509,7 @@ def parse_args(argv=None):
     flag('--data', help='where the data of the checkpoint are now')
     flag('--data-root', type=Path, help='where downloads and letterpress are now')
     flag('--iterations', type=count, default=60, help='reconstruct: steps of Adam')
-    flag('--mask', default='left', help=f'inpaint: missing pixels; {", ".join(MASKS)}')
+    flag('--mask', choices=MASKS, default='left', help='inpaint: the missing pixels')
     flag('--strengths', type=positive, nargs='+', default=[.2, .4, .8], help='denoise: noise added')
     flag('--data-weight', type=weight, default=.0003, help='denoise: pull to the noisy image')
     flag('--ckpt2', type=Path, help='compose: checkpoint of the second expert')
@@ -521,8 +523,6 @@ def parse_args(argv=None):
             parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')
     if args.mode == 'denoise' and args.data_weight > min(args.strengths) ** 2:
         parser.error('--data-weight: must be at most the square of each of --strengths')
-    if args.mask not in MASKS:
-        parser.error(f'--mask {args.mask}: choose from {", ".join(MASKS)}')
     outputs = [os.path.realpath(args.out / f'{args.mode}.{end}') for end in ('png', 'npy', 'gif')]
     if args.start and (args.images or args.data):
         parser.error('--start: all of its images are used; leave out --images and --data')

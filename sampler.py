@@ -21,7 +21,8 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
     Args:
         energy: callable, (B, C, H, W) -> (B,). A model behind it is left as it is.
         x: start of the chains, float32 (B, C, H, W); not changed.
-        steps: K, their number. noise may also be a sequence of K values.
+        steps: K, the number of steps.
+        step_size, noise: see above; noise may also be a sequence of K values (else a ValueError).
         grad_clip: bound of each |dE/dx|, or None. clamp: (low, high) of the pixels, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).
         callback: called as callback(k, x, e) before step k with the state x and its energies (B,).
@@ -55,38 +56,34 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
     return x
 
 
-def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.),
-        generator=None, callback=None, free=None, leapfrog=1):
-    """Hamiltonian Monte Carlo (Duane et al. 1987; Neal 2011): the law of `sgld` without the error
-    of its steps. Returns the last state and the share of accepted steps (B,).
-
-    A step draws p ~ N(0, I) and moves `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p,
-    p <- p - a dE/dx, with a = step_size / noise. It is accepted with the probability
-    min(1, exp(H_old - H_new)) for H = E/T + |p|^2 / 2. One move proposes a step of `sgld`:
-    Metropolis-adjusted Langevin (MALA). Arguments as there, but noise is one number above 0, and x
-    lies inside the clamp. A clipped gradient does not change the law."""
-    t = 1. if noise is None else noise ** 2 / (2 * step_size)
-    noise, accepted = (2 * t * step_size) ** .5, 0
-    moves = torch.ones_like(x) if free is None else free.expand_as(x).float()  # (B, C, H, W)
-    bound = torch.inf if grad_clip is None else grad_clip
+def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.), generator=None,
+        leapfrog=1):
+    """Hamiltonian Monte Carlo (Neal 2011): the law of `sgld` without the error of its steps.
+    Returns the last state and the share of accepted steps (B,). A step draws p ~ N(0, I), moves
+    `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p, p <- p - a dE/dx, with
+    a = step_size / noise, and is accepted with the probability min(1, exp(H_old - H_new)) for
+    H = E/T + |p|^2 / 2. One move proposes a step of `sgld` (Metropolis-adjusted Langevin, MALA).
+    Arguments as there, but noise is one number above 0, and x starts inside the clamp."""
+    noise = (2 * step_size) ** .5 if noise is None else noise
+    t, accepted = noise ** 2 / (2 * step_size), 0
 
     @torch.enable_grad()
     def kick(x):  # E(x) (B,), and step_size / noise * dE/dx (B, C, H, W)
         x = x.detach().requires_grad_(True)
         e = energy(x)
-        slope, = torch.autograd.grad(e.sum(), x)
-        return e.detach(), step_size / noise * moves * slope.clamp(-bound, bound)
+        gradient, = torch.autograd.grad(e.sum(), x)
+        if grad_clip is not None:
+            gradient = gradient.clamp(-grad_clip, grad_clip)
+        return e.detach(), step_size / noise * gradient
     x, (e, push) = x.detach(), kick(x)
-    for k in range(steps):
-        if callback:
-            callback(k, x, e)
-        start = moves * randn(x.shape, generator, x.device)  # (B, C, H, W)
+    for _ in range(steps):
+        start = randn(x.shape, generator, x.device)  # (B, C, H, W)
         q, p, new_e, new_push = x, start, e, push
         for _ in range(leapfrog):
             p = p - new_push
             q = q + noise * p
             if clamp is not None:  # E is infinite outside the box: q bounces off its walls
-                beyond = moves * (q - q.clamp(*clamp))
+                beyond = q - q.clamp(*clamp)
                 q, p = q - 2 * beyond, torch.where(beyond == 0, p, -p)
                 q[beyond.abs() > clamp[1] - clamp[0]] = torch.nan  # past both walls: rejected
             new_e, new_push = kick(q)
@@ -130,14 +127,17 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
 
 
 def temperature(sampler):
-    """T of the law exp(-E/T) of the training chains, 2.6e-5 by default at 56x56; at least 1e-9."""
+    """T = noise^2 / (2 step_size) of the law exp(-E/T) of the training chains; at least 1e-9. It is
+    1.3e-6 for the course's step 10 and noise .005, and 2.6e-5 for train.py at 56x56."""
     settings = chain_settings(sampler, 'training')
     return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 
 
+# --- where chains start ---------------------------------------------------------------------------
+
 def prior(kind, shape, generator=None, device='cpu'):
     """Starts of fresh chains, float32 of `shape` (B, C, H, W): 'gaussian', N(0, 0.01); 'uniform',
-    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian and half grainy."""
+    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian, half grainy, to lead back from both."""
     if kind == 'gaussian':
         return .1 * randn(shape, generator, device)
     if kind == 'uniform':
