@@ -1,13 +1,15 @@
-"""Change one line, predict, run, see: the experiments of .github/EXPERIMENTS.md on the digits.
+"""Change a line, predict, run, see: the experiments of .github/EXPERIMENTS.md on the digits.
 
-    python tests/experiments.py --out runs/experiments            all of them, about 25 minutes
-    python tests/experiments.py --out runs/experiments --only K   those whose name contains K
+    python tests/experiments.py --out runs/experiments             all of them, about an hour
+    python tests/experiments.py --out runs/experiments --only K    those whose name contains K
+    python tests/experiments.py --out runs/seed1 --seed 1          with another seed
 
-Each experiment is a copy of the project in --out, changed by at most one line, and trained with its
-flags. A row of the table is what it came to; rows that --out already has are not run again."""
+Each experiment is a copy of the project in --out, changed by a few lines at most, and trained with
+its flags. A row of the table is what it came to; rows that --out already has are not run again."""
 import argparse
 import csv
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,26 +22,83 @@ JUDGE = [*TRAIN, '--px-weight', '0', '--width', '48']
 PLAIN = ('--matching 0 --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 '
          '--prior uniform --no-conditional --no-guard')
 UPHILL = 'sampler.py', 'x = x - step_size * gradient', 'x = x + step_size * gradient'
-EXPERIMENTS = {  # name: flags of train.py, and the changed line: file, old text, new text
-    'default': ('', ()),
-    'K = 1': ('--sgld-steps 1', ()),
-    'K = 5': ('--sgld-steps 5', ()),
-    'K = 100': ('--sgld-steps 100', ()),
-    'no reservoir': ('--init noise', ()),
-    'no L2 term': ('--alpha 0', ()),
-    'ReLU': ('', ('model.py', 'nn.SiLU()', 'nn.ReLU()')),
-    'no noise': ('--noise 0', ()),
-    'chains uphill': ('', UPHILL),
-    'uphill, no matching': ('--matching 0', UPHILL),
-    'E(x), not E(x, y)': ('--no-conditional', ()),
-    'no contrast': ('--contrast 0', ()),
-    'no matching': ('--matching 0', ()),
-    'the plain recipe': (PLAIN, ()),
-    'hot chains': ('--noise .2', ()),
-    'cross-entropy alone': ('--px-weight 0', ()),
+
+
+def loss(lines):
+    """Other lines for the body of pyx_step."""
+    return 'train.py', '    return F.cross_entropy(logits, y)\n', lines
+
+
+ENERGY = loss("""
+    return F.nll_loss(logits, y)
+"""[1:])
+PERCEPTRON = loss("""
+    return F.nll_loss(logits - logits.amax(1, keepdim=True), y)
+"""[1:])
+HINGE = loss("""
+    right = logits.gather(1, y[:, None])  # -E(x, y), (B, 1)
+    wrong = logits.scatter(1, y[:, None], -torch.inf).amax(1, keepdim=True)  # (B, 1)
+    return F.relu(1 + wrong - right).mean()
+"""[1:])
+
+
+def few(labels):
+    """So many images a class keep their labels; nothing else in train.py uses one."""
+    choose = f"""  # all the rest
+    order = torch.randperm(len(split), generator=generator, device=device)  # (N,)
+    labelled = torch.cat([order[split.labels[order] == k][:{labels}] for k in range(num_classes)])
+"""
+    learn = """
+                few = torch.randint(len(labelled), y.shape, generator=generator, device=device)
+                x_few, y_few = split.batch(labelled[few])  # (B, C, H, W), (B,)
+                loss_pyx = pyx_step(model.get_logits(perturb(x_few, args, generator)), y_few)
+"""
+    return [('train.py', '  # all the rest\n', choose),
+            ('train.py', '\n                loss_pyx = pyx_step(logits, y)\n', learn),
+            ('train.py', 'for k in range(logits.shape[1]) if args.px_weight else []:',
+             'for k in []:')]
+
+
+# After `few`, with chains that follow E(x, y): y is a label drawn from p(y|x).
+DRAWN = [('train.py', '\n                loss = args.pyx_weight * loss_pyx\n', """
+                y = logits.softmax(1).multinomial(1, generator=generator).squeeze(1)  # (B,)
+                loss = args.pyx_weight * loss_pyx
+"""), ('train.py', 'reservoir.draw(ring[index], generator)', 'reservoir.draw(y, generator)')]
+
+EXPERIMENTS = {  # name: flags of train.py, and what changes: file, old text, new text
+    'default': ('', []),
+    'K = 1': ('--sgld-steps 1', []),
+    'K = 5': ('--sgld-steps 5', []),
+    'K = 100': ('--sgld-steps 100', []),
+    'no reservoir': ('--init noise', []),
+    'no L2 term': ('--alpha 0', []),
+    'ReLU': ('', [('model.py', 'nn.SiLU()', 'nn.ReLU()')]),
+    'no noise': ('--noise 0', []),
+    'chains uphill': ('', [UPHILL]),
+    'uphill, no matching': ('--matching 0', [UPHILL]),
+    'E(x), not E(x, y)': ('--no-conditional', []),
+    'no contrast': ('--contrast 0', []),
+    'no matching': ('--matching 0', []),
+    'the plain recipe': (PLAIN, []),
+    'hot chains': ('--noise .2', []),
+    'cross-entropy alone': ('--px-weight 0', []),
+    'energy loss': ('', [ENERGY]),
+    'perceptron loss': ('', [PERCEPTRON]),
+    'hinge loss': ('', [HINGE]),
+    'energy loss alone': ('--px-weight 0', [ENERGY]),
+    'perceptron loss alone': ('--px-weight 0', [PERCEPTRON]),
+    'hinge loss alone': ('--px-weight 0', [HINGE]),
 }
-COLUMNS = ['experiment', 'seconds', 'accuracy', 'loss_px', 'agreement', 'distinct', 'frechet',
-           'flipped', 'blurred', 'noise']
+for labels in (1, 5, 10, 50):
+    EXPERIMENTS |= {
+        f'{labels} a class, no p(x)': ('--px-weight 0', few(labels)),
+        f'{labels} a class, E(x)': ('--no-conditional', few(labels)),
+        f'{labels} a class, E(x), no contrast': ('--no-conditional --contrast 0', few(labels)),
+        f'{labels} a class, drawn labels': ('', few(labels) + DRAWN),
+        f'{labels} a class, drawn labels, no contrast': ('--contrast 0', few(labels) + DRAWN),
+    }
+COLUMNS = ['experiment', 'seconds', 'accuracy', 'test', 'loss_px', 'agreement', 'distinct',
+           'frechet', 'flipped', 'blurred', 'noise', 'ece']
 
 
 def run(folder, *command):
@@ -50,47 +109,57 @@ def run(folder, *command):
                               stdout=output, stderr=output).returncode == 0
 
 
-def copy(folder, change):
-    """A copy of the six scripts with one line changed, everywhere in its file where it occurs."""
+def replaced(text, old, new):
+    """The text with `new` for `old`, everywhere where it occurs."""
+    if old not in text:
+        raise ValueError(f'no line with {old!r}')
+    return text.replace(old, new)
+
+
+def copy(folder, changes):
+    """A copy of the six scripts with these changes."""
     folder.mkdir(parents=True)
     for script in ROOT.glob('*.py'):
         shutil.copy(script, folder)
-    if change:
-        file, old, new = change
-        text = (folder / file).read_text()
-        if old not in text:
-            sys.exit(f'{file}: no line with {old!r}')
-        (folder / file).write_text(text.replace(old, new))
+    for file, old, new in changes:
+        (folder / file).write_text(replaced((folder / file).read_text(), old, new))
 
 
 def last_row(path):
     return list(csv.DictReader(path.open()))[-1]
 
 
-def experiment(name, folder, judge):
-    flags, change = EXPERIMENTS[name]
-    copy(folder, change)
+def experiment(name, folder, judge, seed):
+    flags, changes = EXPERIMENTS[name]
+    copy(folder, changes)
     start = time.monotonic()
-    done = run(folder, *TRAIN, *flags.split())
+    done = run(folder, *TRAIN, *flags.split(), '--seed', seed)
     row = {'experiment': name, 'seconds': round(time.monotonic() - start)}
     if not done:  # the guard gave up: what is there is the epoch before
         row['experiment'] += ' (stopped)'
     log = last_row(folder / 'log.csv')
     row |= {'accuracy': log['val_accuracy'], 'loss_px': log['loss_px']}
-    if name != 'cross-entropy alone':
+    few_labels = 'a class' in name
+    if '--px-weight 0' not in flags and not few_labels:
         run(folder, 'generate.py', '--ckpt', 'best.pt', '--mode', 'samples', '--device', 'cpu')
-        if change[:1] == ('model.py',):  # this network cannot load the judge, so it needs its own
+        if name == 'ReLU':  # this network cannot load the judge, so it needs its own
             judge = folder / 'judge'
-            run(folder, *JUDGE, '--out', 'judge')
+            run(folder, *JUDGE, '--seed', seed, '--out', 'judge')
         run(folder, 'generate.py', '--ckpt', 'best.pt', '--mode', 'evaluate', '--judge',
             judge / 'best.pt', '--device', 'cpu')
         scores = last_row(folder / 'evaluate.csv')
         row |= {key: scores[key] for key in ('agreement', 'distinct', 'frechet')}
-    run(folder, 'ood.py', '--ckpt', 'best.pt', '--ood', 'flipped', 'blurred', 'noise',
-        '--device', 'cpu')
+    # With few labels no validation score may choose the epoch, so the last one counts.
+    run(folder, 'ood.py', '--ckpt', 'last.pt' if few_labels else 'best.pt', '--ood', 'flipped',
+        'blurred', 'noise', '--trust', '--attacked', '1', '--device', 'cpu')
+    printed = (folder / 'output.txt').read_text()
+    row['test'] = re.search(r'test images: accuracy (\S+),', printed).group(1)
     for score in csv.DictReader((folder / 'ood.csv').open()):
         if score['score'] == 'energy' and score['set'] in COLUMNS:
             row[score['set']] = score['auroc']
+    for score in csv.DictReader((folder / 'trust.csv').open()):
+        if score['measure'] == 'ece' and float(score['temperature']) == 1:
+            row['ece'] = score['value']
     return row
 
 
@@ -99,17 +168,18 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='folder for copies and table')
     parser.add_argument('--only', default='', help='names that contain this text')
+    parser.add_argument('--seed', default='0', help='of all runs; give each seed its own --out')
     args = parser.parse_args()
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'
     if not judge.exists():
-        copy(judge, ())
-        run(judge, *JUDGE)
+        copy(judge, [])
+        run(judge, *JUDGE, '--seed', args.seed)
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     known = {row['experiment'].removesuffix(' (stopped)') for row in rows}
     for number, name in enumerate(EXPERIMENTS):
         if args.only in name and name not in known:
-            rows.append(experiment(name, out / f'{number:02d}', judge))
+            rows.append(experiment(name, out / f'{number:02d}', judge, args.seed))
             with table.open('w', newline='') as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
