@@ -9,17 +9,15 @@ One network gives K logits f(x)[y], and one law follows from them, p(x, y) = exp
 With T = 1 these are eq. 4 to 7 of JEM (Grathwohl et al. 2020). train.py sets T to the temperature
 of its chains, or to 1 for a classifier. Low energy = likely = in-distribution. K = 1: a plain EBM.
 """
+import argparse
+import contextlib
+import io
+import math
 import os
 import signal
 import sys
 if {'train.py', 'generate.py', 'ood.py'} & {*map(os.path.basename, sys.orig_argv)}:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
-    if hasattr(sys.stdout, 'reconfigure'):  # it may be closed
-        sys.stdout.reconfigure(errors='backslashreplace')  # class names may be in any alphabet
-import argparse
-import contextlib
-import io
-import math
 
 import torch
 import torch.distributed as dist
@@ -28,7 +26,7 @@ from torch import nn
 
 
 class EnergyModel(nn.Module):
-    """A network and the energies of its K logits; precision 'bf16': convolutions in bfloat16."""
+    """A network, `features` and `head`, and the energies of its K logits. bf16: of `features`."""
 
     def __init__(self, num_classes=1, channels=1, width=32, temperature=1., precision='fp32'):
         super().__init__()
@@ -113,10 +111,10 @@ def save_checkpoint(file, model, args, data, sampler, epoch, run=None):
 
 
 def load_model(path, device='cpu', precision='fp32'):
-    """The frozen network of a checkpoint, and the dict of `save_checkpoint`. Runs no code."""
+    """The frozen network of a checkpoint and the dict of `save_checkpoint`, or CheckpointError."""
     reason = 'damaged or of another program' if os.path.exists(path) else 'no such file'
     try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)  # runs no code
         model = EnergyModel(**checkpoint['settings'], precision=precision)
         _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # needed
         for old, new in zip(checkpoint['network'].splitlines(), str(model).splitlines()):
@@ -150,6 +148,8 @@ class CommandLine(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         os.environ.pop('MPLBACKEND', None)  # set by notebooks; a script's Python may not have it
+        if hasattr(sys.stdout, 'reconfigure'):  # it may be closed
+            sys.stdout.reconfigure(errors='backslashreplace')  # class names may be in any alphabet
         args = super().parse_args(argv)
         if os.path.exists(args.out) and not os.access(os.path.join(args.out, '.'), os.W_OK):
             self.error(f'--out {args.out}: no folder that can be written; name another one')
