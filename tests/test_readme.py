@@ -16,7 +16,8 @@ import sampler
 import train
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('.github/*.md'))]
+PAGES = [ROOT / 'README.md', *sorted(ROOT.glob('.github/**/*.md'))]
+FOLDERS = [ROOT, ROOT / 'tests', ROOT / '.github/lessons']
 SCRIPTS = {'data.py': data, 'train.py': train, 'generate.py': generate, 'ood.py': ood}
 
 
@@ -29,11 +30,13 @@ def commands(text):
             yield words
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_parses(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # no run stands here
     found = list(commands(page.read_text()))
-    assert found
+    others = re.findall(r'python (\S+/\S+\.py)', page.read_text())
+    assert found + others
+    assert all((ROOT / script).exists() for script in others), others
     for script, *words in found:
         words = ['cpu' if word == 'cuda' else word for word in words
                  if word not in ('--resume', '$resume')]
@@ -61,13 +64,13 @@ def known_words():
     return words
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_name_in_code_font_exists(page):
     """`name` and `Class.method`; words with other characters are formulas, flags or paths."""
     known = known_words()
     text = re.sub(r'```.*?```', '', page.read_text(), flags=re.S)
     for name in re.findall(r'`([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)?)(?:\(\))?`', text):
-        path = (ROOT / name).exists() or (ROOT / 'tests' / name).exists()
+        path = any((folder / name).exists() for folder in FOLDERS)
         written = name.endswith(('.pt', '.csv', '.png', '.npy', '.npz', '.txt', '.gif'))
         assert path or written or {*name.split('.')} <= known, name
 
@@ -86,7 +89,7 @@ def test_the_lines_for_a_notebook_run(trained, glyphs, tmp_path):
     assert names['drawn'].shape == (8, 1, 16, 16) and names['drawn'].isfinite().all()
 
 
-@pytest.mark.parametrize('page', PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize('page', PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_into_the_project_leads_somewhere(page):
     for link in re.findall(r'\]\(([^):#]+)(?:#[^)]*)?\)', page.read_text()):
         assert (page.parent / link).exists(), link

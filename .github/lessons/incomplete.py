@@ -98,7 +98,7 @@ def main(argv=None):
     mean = torch.where(hidden, seen.nanmean((1, 2, 3), keepdim=True), seen)
     columns = {'original': original, 'seen': seen.nan_to_num(0), 'mean fill': mean, **stages}
     scores = [f'{head} {psnr(columns[head], original, hidden).mean():.2f}' for head in columns][2:]
-    title = f'Hidden pixels: PSNR {", ".join(scores)} dB; test accuracy {hits.float().mean():.4f}'
+    title = f'hidden pixels in dB: {", ".join(scores)}\ntest accuracy {hits.float().mean():.4f}'
     columns['sample'] = sgld(partial(model.energy, y=y[:8]), 0 * original[:8],
                              **chain_settings(sampler, 'sampling', 128))
     grid = torch.stack([x[:8] for x in columns.values()], dim=1).flatten(0, 1)
