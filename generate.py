@@ -103,7 +103,7 @@ def samples(model, checkpoint, args):
 
 def chain(model, checkpoint, args):
     """A row for each chain: its states at steps 0, 1, 2, 4, ... and the energies it follows."""
-    y, streams, z = start_samples(args.count, 1, checkpoint, args)
+    y, streams, z = start_samples(args.count, args.count, checkpoint, args)
     shown = sorted({0, *(2 ** i for i in range(args.steps.bit_length())), args.steps})
     energy = guided(model, y, args)
     states = draw(energy, z, args, streams, keep=shown)[1]
@@ -138,13 +138,13 @@ def tell_mixing(energy, checkpoint, args):
 def interpolate(model, checkpoint, args):
     """Samples between two samples: chains without noise from z = sqrt(rho) z1 + sqrt(1 - rho) z2,
     which is N(0, 0.01) for every rho (Nijkamp et al. 2019, whose rho^2 is our rho)."""
-    y, _, z = start_samples(2 * args.count, 2, checkpoint, args)
+    y, _, z = start_samples(2 * args.count, 2 * args.count, checkpoint, args)
     rho = torch.linspace(1, 0, 9, device=args.device).view(9, 1, 1, 1)
     z = rho.sqrt() * z[0::2, None] + (1 - rho).sqrt() * z[1::2, None]  # (P, 9, C, H, W)
     energy = guided(model, y, args)  # all of a row of 9 follow the label of its z1
     x = draw(lambda x, i: energy(x, i // 9 * 2), z.flatten(0, 1), args)[0]  # (P * 9, C, H, W)
     save_grid(x, args.out / 'interpolate.png', 9, 'from one sample (rho = 1) to another (rho = 0)',
-              rows=args.classes or (), heads=[f'{r:.3g}' for r in rho.flatten().tolist()])
+              rows=class_names(y, checkpoint)[::2], heads=[f'{r:.3g}' for r in rho.flatten()])
     return x
 
 
@@ -494,8 +494,8 @@ def parse_args(argv=None):
     flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
-    flag('--count', type=count, default=8, help='samples of each class, completions in inpaint, '
-         'or without --classes rows')
+    flag('--count', type=count, help='samples or rows of each of --classes, or rows without them; '
+         'completions in inpaint; default: 8, or 1 row of each class')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
     flag('--steps', type=count, help='default: from 24 to 256, see MODES in generate.py')
@@ -516,10 +516,8 @@ def parse_args(argv=None):
     flag('--weight', type=weight, default=.2, help='compose: w of the negation E1 - w E2')
     flag('--judge', type=Path, metavar='CKPT', help='evaluate: the independent classifier')
     args = parser.parse_args(argv)
-    given = args.classes and args.mode in ('chain', 'interpolate')  # then they are the rows
-    used = [name for name in MODES[args.mode].flags if not (given and name == 'count')]
     for name in [name for mode in MODES.values() for name in mode.flags]:
-        if name not in used and getattr(args, name) != parser.get_default(name):
+        if name not in MODES[args.mode].flags and getattr(args, name) != parser.get_default(name):
             parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')
     if args.mode == 'denoise' and args.data_weight > min(args.strengths) ** 2:
         parser.error('--data-weight: must be at most the square of each of --strengths')
@@ -528,6 +526,7 @@ def parse_args(argv=None):
         parser.error('--start: all of its images are used; leave out --images and --data')
     if args.start and os.path.realpath(args.start) in outputs:
         parser.error(f'--start {args.start}: would be overwritten; name another --out')
+    args.count = args.count or (1 if args.classes and args.mode in ('chain', 'interpolate') else 8)
     args.steps = args.steps or MODES[args.mode].steps
     args.images = args.images or MODES[args.mode].images
     return args

@@ -133,7 +133,7 @@ def test_noise_and_step_of_each_mode(trained, tmp_path, monkeypatch):
 
 def test_flags_that_a_mode_does_not_use(refusal):
     """They are told and not ignored."""
-    for mode, flag in {'samples': '--start=x', 'chain': '--mask=centre', 'interpolate': '--noise=.1',
+    for mode, flag in {'samples': '--start=x', 'chain': '--images=2', 'interpolate': '--noise=.1',
                        'reconstruct': '--count=2', 'inpaint': '--weight=1', 'denoise': '--noise=.1',
                        'compose': '--images=3', 'concepts': '--gif', 'evaluate': '--classes=a',
                        }.items():
@@ -339,6 +339,18 @@ def test_interpolation_ends_in_the_two_samples(plain, tmp_path):
     rows = rows.reshape(2, 9, 16, 16)
     assert np.array_equal(rows[:, [0, -1]], ends.reshape(2, 2, 16, 16))
     assert len(np.unique(rows.reshape(18, -1), axis=0)) == 18
+
+
+@pytest.mark.parametrize('mode, images', [('chain', 5), ('interpolate', 9)])
+def test_rows_of_each_class(plain, tmp_path, monkeypatch, mode, images):
+    """One of each of --classes, or --count of each, and each row is named."""
+    names = []
+    monkeypatch.setattr(generate, 'save_grid', lambda *_, rows, **__: names.append(rows))
+    one = run(plain, tmp_path, '--classes', 'lie', 'stand', mode=mode)
+    two = run(plain, tmp_path, '--classes', 'lie', 'stand', '--count', 2, mode=mode)
+    assert len(one) == 2 * images and len(two) == 4 * images
+    assert names == [['lie', 'stand'], ['lie', 'lie', 'stand', 'stand']]
+    assert np.array_equal(one[:images], two[:images]), 'the first row is the same'
 
 
 def test_mixed_noise_keeps_its_variance(plain, tmp_path, monkeypatch):
