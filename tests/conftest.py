@@ -1,5 +1,6 @@
 """Tiny synthetic data and quick settings for all tests: no network, no files but in pytest's own
 temporary folders."""
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.name.startswith('test_3_'):
             item.add_marker(f'task{item.path.name[5]}{item.path.name[7]}')
+
+
+def load_lesson(name):
+    """The script .github/lessons/NAME.py as a new module."""
+    path = Path(__file__).parents[1] / '.github/lessons' / f'{name}.py'
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(autouse=True, scope='session')

@@ -1,22 +1,17 @@
 """The lesson on COMET (.github/lessons/comet.py): the energies of the parts are summed, the encoder
 learns through the steps, and the table of exchanged parts says what it claims to say."""
-import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-PATH = Path(__file__).parents[1] / '.github' / 'lessons' / 'comet.py'
+from conftest import load_lesson
 
 
 @pytest.fixture
 def lesson():
-    spec = importlib.util.spec_from_file_location('comet', PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_lesson('comet')
 
 
 @pytest.fixture

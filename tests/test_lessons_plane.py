@@ -1,15 +1,12 @@
 """The lesson .github/lessons/plane.py: its laws, and a tiny run through its command line."""
-import importlib.util
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / '.github/lessons/plane.py'
-spec = importlib.util.spec_from_file_location('plane', SCRIPT)
-plane = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(plane)
+from conftest import load_lesson
+
+plane = load_lesson('plane')
 
 
 @pytest.mark.parametrize('name', plane.SETS)
