@@ -12,7 +12,7 @@
 Each mode writes a picture, MODE.png, and its images (concepts: its gradients), MODE.npy, float32
 (N, C, H, W), into --out. Image i has its own random stream: sample 7 is the same in every grid.
 """
-from model import CommandLine, fail, load_model, number, user_mistakes  # first, see there
+from model import CommandLine, fail, load_model, number, user_mistakes  # before torch, for Ctrl-C
 import math
 import os
 from collections import namedtuple

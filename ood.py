@@ -12,7 +12,7 @@ ood.csv (one row a set and score), ood.png (histograms of the energy), roc.png, 
 most and the least typical images of each set: look at it first), and with --trust trust.csv,
 calibration.png, robustness.png and distal.png. --check writes check.csv only.
 """
-from model import CommandLine, fail, load_model, number, user_mistakes  # first, see there
+from model import CommandLine, fail, load_model, number, user_mistakes  # before torch, for Ctrl-C
 import contextlib
 from pathlib import Path
 

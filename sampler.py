@@ -137,7 +137,7 @@ def temperature(sampler):
 
 def prior(kind, shape, generator=None, device='cpu'):
     """Starts of fresh chains, float32 of `shape` (B, C, H, W): 'gaussian', N(0, 0.01); 'uniform',
-    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian, half grainy, to lead back from both."""
+    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian and half grainy."""
     if kind == 'gaussian':
         return .1 * randn(shape, generator, device)
     if kind == 'uniform':

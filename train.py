@@ -10,7 +10,7 @@ into --out. best.pt is the epoch with the best score: the mean of val_auprc (mac
 f) and val_auroc (E(x) against noise and mixtures of two images), or the only one of the model.
 """
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
-                   rank, ranks, save_checkpoint, user_mistakes)  # first, see there
+                   rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
 import argparse
 import copy
 import math
