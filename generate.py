@@ -120,7 +120,7 @@ def chain(model, checkpoint, args):
 def tell_mixing(energy, checkpoint, args):
     """Print whether chains forget their starts: R-hat (Gelman and Rubin 1992) of eight chains of
     the class of the first row, over the second half of their steps, and how many independent states
-    they are worth; the worst for the energy and the brightness of each quarter of the image."""
+    they are worth: the worst for the energy and the brightness of each quarter of the image."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 
@@ -136,12 +136,13 @@ def tell_mixing(energy, checkpoint, args):
 
 
 def interpolate(model, checkpoint, args):
-    """Samples between two samples: chains without noise from z = sqrt(rho) z1 + sqrt(1 - rho) z2,
-    which is N(0, 0.01) for every rho (Nijkamp et al. 2019, whose rho^2 is our rho)."""
+    """Samples between two samples of one class: chains without noise, which all follow the label of
+    z1, from z = sqrt(rho) z1 + sqrt(1 - rho) z2, which is N(0, 0.01) for every rho (Nijkamp et al.
+    2019, whose rho^2 is our rho)."""
     y, _, z = start_samples(2 * args.count, 2 * args.count, checkpoint, args)
     rho = torch.linspace(1, 0, 9, device=args.device).view(9, 1, 1, 1)
     z = rho.sqrt() * z[0::2, None] + (1 - rho).sqrt() * z[1::2, None]  # (P, 9, C, H, W)
-    energy = guided(model, y, args)  # all of a row of 9 follow the label of its z1
+    energy = guided(model, y, args)
     x = draw(lambda x, i: energy(x, i // 9 * 2), z.flatten(0, 1), args)[0]  # (P * 9, C, H, W)
     save_grid(x, args.out / 'interpolate.png', 9, 'from one sample (rho = 1) to another (rho = 0)',
               rows=class_names(y, checkpoint)[::2], heads=[f'{r:.3g}' for r in rho.flatten()])
@@ -469,7 +470,7 @@ def variety(features, real, y, k=5):
     return [share[others].double().mean().item() for share in (distinct, covered)]
 
 
-Mode = namedtuple('Mode', 'function kind steps images flags')  # the flags of not every mode
+Mode = namedtuple('Mode', 'function kind steps images flags')  # flags that only some modes use
 CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
@@ -494,8 +495,8 @@ def parse_args(argv=None):
     flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
-    flag('--count', type=count, help='samples or rows of each of --classes, or rows without them; '
-         'completions in inpaint; default: 8, or 1 row of each class')
+    flag('--count', type=count, help='samples of each class; rows in chain and interpolate; '
+         'completions in inpaint; default: 8, or 1 row for each of --classes')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
     flag('--steps', type=count, help='default: from 24 to 256, see MODES in generate.py')

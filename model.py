@@ -26,7 +26,7 @@ from torch import nn
 
 
 class EnergyModel(nn.Module):
-    """A network, `features` and `head`, and the energies of its K logits. bf16: of `features`."""
+    """A network and the energies of its K logits. 'bf16' computes its `features` in bfloat16."""
 
     def __init__(self, num_classes=1, channels=1, width=32, temperature=1., precision='fp32'):
         super().__init__()

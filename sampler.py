@@ -58,7 +58,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
 
 def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.), generator=None,
         leapfrog=1):
-    """Hamiltonian Monte Carlo (Neal 2011): the law of `sgld` without the error of its steps.
+    """Hamiltonian Monte Carlo (Neal 2011): its law is exp(-E/T) in the box, with steps of any size.
     Returns the last state and the share of accepted steps (B,). A step draws p ~ N(0, I), moves
     `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p, p <- p - a dE/dx, with
     a = step_size / noise, and is accepted with the probability min(1, exp(H_old - H_new)) for
@@ -68,31 +68,31 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
     t, accepted = noise ** 2 / (2 * step_size), 0
 
     @torch.enable_grad()
-    def kick(x):  # E(x) (B,), and step_size / noise * dE/dx (B, C, H, W)
+    def energy_and_kick(x):  # E(x) (B,), and a dE/dx (B, C, H, W)
         x = x.detach().requires_grad_(True)
         e = energy(x)
         gradient, = torch.autograd.grad(e.sum(), x)
         if grad_clip is not None:
             gradient = gradient.clamp(-grad_clip, grad_clip)
         return e.detach(), step_size / noise * gradient
-    x, (e, push) = x.detach(), kick(x)
+    x, (e, kick) = x.detach(), energy_and_kick(x)
     for _ in range(steps):
-        start = randn(x.shape, generator, x.device)  # (B, C, H, W)
-        q, p, new_e, new_push = x, start, e, push
+        p_start = randn(x.shape, generator, x.device)  # (B, C, H, W)
+        q, p, new_e, new_kick = x, p_start, e, kick
         for _ in range(leapfrog):
-            p = p - new_push
+            p = p - new_kick
             q = q + noise * p
             if clamp is not None:  # E is infinite outside the box: q bounces off its walls
                 beyond = q - q.clamp(*clamp)
                 q, p = q - 2 * beyond, torch.where(beyond == 0, p, -p)
                 q[beyond.abs() > clamp[1] - clamp[0]] = torch.nan  # past both walls: rejected
-            new_e, new_push = kick(q)
-            p = p - new_push
-        rise = (new_e - e) / t + (p.square() - start.square()).flatten(1).sum(1) / 2  # of H, (B,)
-        # Half the square of two normal numbers has the law of -log u for a uniform u.
+            new_e, new_kick = energy_and_kick(q)
+            p = p - new_kick
+        rise = (new_e - e) / t + (p.square() - p_start.square()).flatten(1).sum(1) / 2  # of H, (B,)
+        # -log u of a uniform u has the law of half the square of two normal numbers.
         accept = rise < randn((len(x), 2), generator, x.device).square().sum(1) / 2  # (B,)
-        image = accept.view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1)
-        x, push = torch.where(image, q, x), torch.where(image, new_push, push)
+        mask = accept.view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1)
+        x, kick = torch.where(mask, q, x), torch.where(mask, new_kick, kick)
         e, accepted = torch.where(accept, new_e, e), accepted + accept
     return x, accepted / steps
 

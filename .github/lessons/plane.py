@@ -11,9 +11,9 @@ rings. A small network learns E(x) by the loop of the lectures and nothing besid
 Here Z, the integral of exp(-E) over the square, is a sum over a grid. So the script can print what
 nobody can know of images: the negative log-likelihood (NLL) of new points in nats, beside the least
 possible one, the entropy of their true density; log Z by annealed importance sampling (AIS, Neal
-2001), from both sides; and how far the law of chains that started anywhere is from exp(-E) / Z
-(total variation, TV, beside that of as many exact draws). plane.png shows, for each set, data,
-chains, both densities, and the field -dE/dx that moves the chains.
+2001), which bounds it from both sides in expectation; and how far the law of chains that started
+anywhere is from exp(-E) / Z (total variation, TV, beside that of as many exact draws). plane.png
+shows, for each set, data, chains, both densities, and the field -dE/dx that moves the chains.
 """
 import argparse
 import math
@@ -72,7 +72,7 @@ def log_density(x, points):
 def perceptron():
     """An EnergyModel, T = 1, of points. Without the factor 20 on the first layer, it would take
     much longer to learn anything as narrow as a mode (spectral bias, Rahaman et al. 2019)."""
-    model = EnergyModel(width=16)
+    model = EnergyModel(width=16)  # its head takes 4 * 16 features
     model.features = nn.Sequential(nn.Flatten(), nn.Linear(2, 64), nn.SiLU(),  # (B, 64)
                                    nn.Linear(64, 64), nn.SiLU())
     for parameter in model.features[1].parameters():
@@ -105,8 +105,8 @@ def learn(points, name, updates, generator):
 
 def anneal(energy, x, betas, generator):
     """log of the mean weight of chains x (N, 1, 1, 2) that are led through the laws exp(-beta E).
-    From beta = 0 to 1 it estimates log(Z / 4) from below; backward, from draws of exp(-E) / Z, it
-    estimates log(4 / Z) from below, so log Z from above. 4 is the area of the square."""
+    From beta = 0 to 1 its expectation is at most log(Z / 4); backward, from draws of exp(-E) / Z,
+    at most log(4 / Z). 4 is the area of the square."""
     log_w = torch.zeros(len(x))
     for before, beta in pairwise(betas):
         log_w -= (beta - before) * energy(x)
@@ -152,7 +152,7 @@ def draw_row(axes, name, points, model, chains, log_p, generator):
         ax.imshow(log.exp().view(200, 200).T, vmin=0, vmax=log_p.exp().max(), **box)
     x = GRID.view(200, 200, 1, 1, 2)[5::10, 5::10].flatten(0, 1).requires_grad_()  # (400, 1, 1, 2)
     field, = torch.autograd.grad(-model.energy(x).sum(), x)  # (400, 1, 1, 2)
-    field = field / field.norm(dim=3, keepdim=True).clamp_min(1e-6).sqrt()  # or few would be seen
+    field = field / field.norm(dim=3, keepdim=True).clamp_min(1e-6).sqrt()  # to see short ones
     axes[4].imshow(-log_p.view(200, 200).T, cmap='Greys_r', **box)
     axes[4].quiver(*x.detach().flatten(1).T, *field.flatten(1).T, color='tab:red')
     for ax in axes:
