@@ -64,7 +64,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
     a = step_size / noise, and is accepted with the probability min(1, exp(H_old - H_new)) for
     H = E/T + |p|^2 / 2. One move proposes a step of `sgld` (Metropolis-adjusted Langevin, MALA).
     Arguments as there, but noise is one number above 0, and x starts inside the clamp."""
-    noise = (2 * step_size) ** .5 if noise is None else noise
+    noise, bound = noise or (2 * step_size) ** .5, grad_clip or torch.inf
     t, accepted = noise ** 2 / (2 * step_size), 0
 
     @torch.enable_grad()
@@ -72,9 +72,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
         x = x.detach().requires_grad_(True)
         e = energy(x)
         gradient, = torch.autograd.grad(e.sum(), x)
-        if grad_clip is not None:
-            gradient = gradient.clamp(-grad_clip, grad_clip)
-        return e.detach(), step_size / noise * gradient
+        return e.detach(), step_size / noise * gradient.clamp(-bound, bound)
     x, (e, kick) = x.detach(), energy_and_kick(x)
     for _ in range(steps):
         p_start = randn(x.shape, generator, x.device)  # (B, C, H, W)
@@ -114,6 +112,8 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
         noise step_size / 2 (1 - k/K)^3 for k < K: hot chains choose among the modes;
     'descent', without noise: the chain is a function of its start.
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
+    if kind not in ('training', 'sampling', 'descent'):
+        raise ValueError(f'kind {kind!r}: choose training, sampling or descent')
     steps, step_size = steps or sampler['steps'], step_size or sampler['step_size']
     if step_size is None:  # E rises by `slope` for each unit of rms distance: a step moves by .1
         step_size = .1 * sampler['pixels'] / sampler['slope']

@@ -144,7 +144,8 @@ SAMPLER = [  # task 3.3, in sampler.py
     ('x = x - step_size * gradient', 'x -= step_size * gradient', 'the start is changed in place',
      'in place|start'),
     ('x = x.clamp(*clamp)', 'pass', 'no clamp', 'clamp'),
-    ('clamp=(-1., 1.), generator', 'clamp=(0., 1.), generator', 'clamp to [0, 1]', r'\[-1, 1\]'),
+    ('clamp=(-1., 1.), generator=None,\n         callback',
+     'clamp=(0., 1.), generator=None,\n         callback', 'clamp to [0, 1]', r'\[-1, 1\]'),
     ('        if sigma:\n', '        x = x if clamp is None else x.clamp(*clamp)\n'
      '        clamp = None\n        if sigma:\n', 'clamp before the noise', 'clamp after'),
     ('gradient.clamp(-grad_clip, grad_clip)', 'gradient.clamp(max=grad_clip)',
