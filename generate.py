@@ -90,8 +90,6 @@ def guided(model, y, args):
     return energy
 
 
-# --- from noise: each mode draws its picture and returns its images -------------------------------
-
 def samples(model, checkpoint, args):
     """A grid of samples: a row for each of --classes, or --count rows of eight."""
     y, streams, z = start_samples(8 * args.count, args.count, checkpoint, args)
@@ -118,9 +116,9 @@ def chain(model, checkpoint, args):
 
 
 def tell_mixing(energy, checkpoint, args):
-    """Print whether chains forget their starts: R-hat (Gelman and Rubin 1992) of eight chains of
-    the class of the first row, over the second half of their steps, and how many independent states
-    they are worth: the worst for the energy and the brightness of each quarter of the image."""
+    """Print R-hat (Gelman and Rubin 1992) of eight chains of the class of the first row, and the
+    number of independent states they are worth, of the second half of their steps: the worst for
+    the energy and the brightness of four quarters. Energies that still sink raise R-hat, too."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 
@@ -131,14 +129,12 @@ def tell_mixing(energy, checkpoint, args):
     x = torch.stack(trace[args.steps // 2:], dim=1)  # (8, n, 1 + 4 * C)
     within, between = x.var(1, correction=0).mean(0), x.mean(1).var(0)  # (1 + 4 * C,) both
     r_hat, worth = (1 + between / within).sqrt().max(), (8 * (1 + within / between)).min()
-    print(f'8 chains of {x.shape[1]} states: R-hat {r_hat:.2f} (near 1 if they mix), worth '
-          f'{worth:.0f} independent states')
+    print(f'R-hat {r_hat:.2f} (1 if chains mix); 8 x {x.shape[1]} states are worth {worth:.0f}')
 
 
 def interpolate(model, checkpoint, args):
-    """Samples between two samples of one class: chains without noise, which all follow the label of
-    z1, from z = sqrt(rho) z1 + sqrt(1 - rho) z2, which is N(0, 0.01) for every rho (Nijkamp et al.
-    2019, whose rho^2 is our rho)."""
+    """Samples between two samples of a class: chains without noise from z = sqrt(rho) z1 +
+    sqrt(1 - rho) z2, which is N(0, 0.01) for every rho (Nijkamp et al. 2019: our rho is rho^2)."""
     y, _, z = start_samples(2 * args.count, 2 * args.count, checkpoint, args)
     rho = torch.linspace(1, 0, 9, device=args.device).view(9, 1, 1, 1)
     z = rho.sqrt() * z[0::2, None] + (1 - rho).sqrt() * z[1::2, None]  # (P, 9, C, H, W)
@@ -207,8 +203,6 @@ def class_names(y, checkpoint):
     return [] if y is None else [checkpoint['class_names'][label] for label in y.tolist()]
 
 
-# --- from images ----------------------------------------------------------------------------------
-
 def reconstruct(model, checkpoint, args):
     """The noise z from which a chain without noise ends in a given image x: Adam on |M(z) - x|^2
     for its last state M(z) (Nijkamp et al. 2019). Nothing keeps z within N(0, 0.01)."""
@@ -259,8 +253,12 @@ def missing_pixels(streams, x, args):
     missing = torch.zeros(height, width, dtype=torch.bool, device=args.device)
     if args.mask == 'left':
         missing[:, :width // 2] = True
-    else:  # centre
+    elif args.mask == 'centre':
         missing[height // 4:height - height // 4, width // 4:width - width // 4] = True
+    else:
+        missing = load_images(args.mask, height, 1)[0][0, 0].to(args.device) > 127  # (H, W)
+        if not missing.any():
+            fail(f'--mask {args.mask}: all of one colour; make missing pixels white, others black')
     return missing.expand(count, 1, -1, -1)  # (H, W) -> (N, 1, H, W)
 
 
@@ -510,7 +508,8 @@ def parse_args(argv=None):
     flag('--data', help='where the data of the checkpoint are now')
     flag('--data-root', type=Path, help='where downloads and letterpress are now')
     flag('--iterations', type=count, default=60, help='reconstruct: steps of Adam')
-    flag('--mask', choices=MASKS, default='left', help='inpaint: the missing pixels')
+    flag('--mask', default='left', help=f'inpaint: {", ".join(MASKS)}, or an image file that is '
+         'white where pixels are missing')
     flag('--strengths', type=positive, nargs='+', default=[.2, .4, .8], help='denoise: noise added')
     flag('--data-weight', type=weight, default=.0003, help='denoise: pull to the noisy image')
     flag('--ckpt2', type=Path, help='compose: checkpoint of the second expert')
@@ -522,10 +521,11 @@ def parse_args(argv=None):
             parser.error(f'--{name.replace("_", "-")}: mode {args.mode} does not use it')
     if args.mode == 'denoise' and args.data_weight > min(args.strengths) ** 2:
         parser.error('--data-weight: must be at most the square of each of --strengths')
-    outputs = [os.path.realpath(args.out / f'{args.mode}.{end}') for end in ('png', 'npy', 'gif')]
+    if args.mask not in MASKS and not os.path.isfile(args.mask):
+        parser.error(f'--mask {args.mask}: no such image, and none of {", ".join(MASKS)}')
     if args.start and (args.images or args.data):
         parser.error('--start: all of its images are used; leave out --images and --data')
-    if args.start and os.path.realpath(args.start) in outputs:
+    if args.start and args.start.with_suffix('').resolve() == (args.out / args.mode).resolve():
         parser.error(f'--start {args.start}: would be overwritten; name another --out')
     args.count = args.count or (1 if args.classes and args.mode in ('chain', 'interpolate') else 8)
     args.steps = args.steps or MODES[args.mode].steps

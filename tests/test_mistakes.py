@@ -120,7 +120,8 @@ generate --ckpt run/best.pt --mode evaluate                    | --judge
 generate --ckpt run/best.pt --mode denoise --start nowhere     | nowhere
 generate --ckpt run/best.pt --mode denoise --start note.txt    | note.txt
 generate --ckpt run/best.pt --mode denoise --start own/denoise.npy --out own | --start own/
-generate --ckpt run/best.pt --mode inpaint --mask Left         | --mask ... Left ... left
+generate --ckpt run/best.pt --mode inpaint --mask Left         | --mask Left ... left
+generate --ckpt run/best.pt --mode inpaint --mask own/curves.png | --mask own/curves.png
 generate --ckpt run/best.pt --data FEWER --mode inpaint        | --data FEWER ... counts
 ood --ckpt run/best.pt --data FEWER                            | --data FEWER ... counts
 ood --ckpt run/best.pt --ood zebras                            | --ood zebras ... ood_ta
