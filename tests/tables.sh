@@ -36,7 +36,9 @@ for seed in 0 1 2; do
 done
 run letterpress-full letterpress 1 judge-letterpress-1 128 --epochs 3
 run letterpress-matching letterpress 1 judge-letterpress-1 128 --epochs 3 --contrast 0
-for seed in 0 1; do
+run letterpress-chains letterpress 1 judge-letterpress-1 128 --epochs 3 --matching 0
+run letterpress-long letterpress 0 judge-letterpress-0 128 --epochs 10
+for seed in 0 1 2; do
     classifier judge-digits-$seed digits $seed 60 48
     run digits-$seed digits $seed judge-digits-$seed 128 --epochs 60
     run digits-matching-$seed digits $seed judge-digits-$seed 128 --epochs 60 --contrast 0
@@ -49,5 +51,9 @@ if [ -n "${GLYPHS:-}" ]; then
     run glyphs "$GLYPHS" 0 judge-glyphs 128 --epochs 3
     run glyphs-matching "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --contrast 0
     run glyphs-chains "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --matching 0
-    run glyphs-long "$GLYPHS" 0 judge-glyphs 128 --epochs 60
+    run glyphs-time "$GLYPHS" 0 judge-glyphs 128 --epochs 8 --contrast 0
+    run glyphs-late "$GLYPHS" 0 judge-glyphs 128 --epochs 7 --chains-after 2118
+    for epochs in 10 30 60; do
+        run glyphs-$epochs "$GLYPHS" 0 judge-glyphs 128 --epochs $epochs
+    done
 fi
