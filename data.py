@@ -401,14 +401,13 @@ def read_pages(path):
                     continue
                 # Where 0 is white (tag 262), Pillow inverts 8 bits, but not 16 or 32.
                 sign = -1 if tags.get(262) == 0 and image.mode[0] in 'IF' else 1
-                yield sign * to_pixels(ImageOps.exif_transpose(image))
+                pixels = to_pixels(ImageOps.exif_transpose(image))  # (3, H, W)
+                kind, = tags.get(339, (1,))[:1]  # 1: unsigned levels, 2: signed ones
+                if kind == 1 and pixels.min() < 0 or kind == 2 and image.mode == 'L':
+                    raise ValueError('Pillow wraps its levels; save it with 16 unsigned bits')
+                yield sign * pixels
     except Exception as error:  # of many kinds, for damaged files
         raise DataError(f'{path}: not readable ({error}); replace or remove it') from error
-
-
-def read_image(path):
-    """The first page of an image file, (3, H, W)."""
-    return next(read_pages(path))
 
 
 def to_pixels(image):
@@ -671,7 +670,11 @@ def load_ood(name, data, seed=0, data_root='.data'):
     if name in SETS:
         return load_set(name, 'test', size, data_root, channels)[0].images
     if os.path.exists(name):
-        return load_images(name, size, channels)[0]
+        images, _ = load_images(name, size, channels)
+        blank = images.flatten(1).amax(1).eq(0)  # (N,), `prepare` makes constants 0
+        if blank.any():
+            tell(f'--ood {name}: {blank.sum()} of {len(blank)} images are blank')
+        return images
     raise DataError(f'--ood {name}: no such path and no known set; choose from {", ".join(known)}')
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.datasets import MNIST
 
 import data
-from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_image,
-                  read_pages, to_float, to_uint8)
+from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_pages,
+                  to_float, to_uint8)
 
 PARTS = ['train', 'val', 'test']
 
@@ -26,6 +26,11 @@ def fill(folder, count, ending='png', seed=0):
     for i in range(count):
         image = random.integers(0, 256, (20, 20), dtype=np.uint8)
         Image.fromarray(image).save(folder / f'{i}.{ending}')
+
+
+def read_image(path):
+    """The first page of an image file, (3, H, W)."""
+    return next(read_pages(path))
 
 
 def save_course(folder, change=lambda images, labels, part: (images, labels)):
@@ -55,7 +60,7 @@ def test_range_mapping_and_its_inverse():
 
 def test_prepare_is_the_course_preprocessing():
     """Min-max per image, shorter side to the size, centre crop, whatever the range of values."""
-    image = torch.rand(1, 1, 40, 60)
+    image = torch.rand(1, 1, 40, 60, generator=torch.Generator().manual_seed(0))
     image[..., 20, 30], image[..., 20, 31] = -1., 2.
     done = prepare(image, 40)
     assert done.shape == (1, 1, 40, 40) and done.dtype == torch.uint8
@@ -177,6 +182,23 @@ def test_tiff_files_as_a_viewer_shows_them(orientation, white, kind, tmp_path):
         set_tag(tmp_path / 'a.tif', 262, 0)
     shown = read_image(tmp_path / 'a.tif')[0].numpy()
     assert np.array_equal(shown - shown.min(), UPRIGHT[orientation](picture))
+
+
+@pytest.mark.parametrize('levels, kind', [([1, 2 ** 31 + 9], np.int32), ([-100, 100], np.int8)])
+def test_levels_that_pillow_wraps_are_refused(levels, kind, tmp_path):
+    """Unsigned levels of 32 bits above 2^31, and signed ones of 8 bits (tag 339)."""
+    stored = np.tile(np.array(levels).astype(kind), (4, 4))
+    image = Image.fromarray(stored.view(np.uint8) if kind is np.int8 else stored)
+    image.save(tmp_path / 'a.tif', tiffinfo={339: 2})
+    set_tag(tmp_path / 'a.tif', 339, 2 if kind is np.int8 else 1)
+    with pytest.raises(DataError, match='a.tif: not readable .*wraps'):
+        read_image(tmp_path / 'a.tif')
+
+
+def test_blank_images_of_ones_own_are_told(tmp_path, glyphs, capsys):
+    np.save(tmp_path / 'own.npy', np.stack([np.eye(20), np.ones((20, 20))]))
+    load_ood(str(tmp_path / 'own.npy'), load_data(str(glyphs), 16))
+    assert 'own.npy: 1 of 2 images are blank' in capsys.readouterr().err
 
 
 def test_photographs_stand_upright(tmp_path):
