@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.datasets import MNIST
 
 import data
-from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_pages,
-                  to_float, to_uint8)
+from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_image,
+                  read_pages, to_float, to_uint8)
 
 PARTS = ['train', 'val', 'test']
 
@@ -26,11 +26,6 @@ def fill(folder, count, ending='png', seed=0):
     for i in range(count):
         image = random.integers(0, 256, (20, 20), dtype=np.uint8)
         Image.fromarray(image).save(folder / f'{i}.{ending}')
-
-
-def read_image(path):
-    """The first page of an image file, (3, H, W)."""
-    return next(read_pages(path))
 
 
 def save_course(folder, change=lambda images, labels, part: (images, labels)):
