@@ -164,7 +164,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
 def check_parts(name, parts, class_names):
     """Refuse parts from which nothing can be learned, and tell which classes are missing."""
     for part, split in parts.items():
-        blank = int(split.images.flatten(1).amax(1).eq(0).sum())  # `prepare` makes constants 0
+        blank = count_blank(split.images)
         if blank > len(split) / 2:
             raise DataError(f'--data {name}: {blank} of the {len(split)} {part} images are blank, '
                             'of one level throughout; mend or remove them')
@@ -181,6 +181,11 @@ def check_parts(name, parts, class_names):
     if len(parts) < len(SPLITS) and counts.min() < needed:
         raise DataError(f'--data {name}: class {class_names[counts.argmin()]} has {counts.min()} '
                         f'of the {needed} train images needed to split them; add some')
+
+
+def count_blank(images):
+    """How many of the images (N, C, H, W) are of one level: `prepare` makes these 0."""
+    return int(images.flatten(1).amax(1).eq(0).sum())
 
 
 def check_apart(out, *inputs):
@@ -676,9 +681,8 @@ def load_ood(name, data, seed=0, data_root='.data'):
         return load_set(name, 'test', size, data_root, channels)[0].images
     if os.path.exists(name):
         images, _ = load_images(name, size, channels)
-        blank = images.flatten(1).amax(1).eq(0)  # (N,), `prepare` makes constants 0
-        if blank.any():
-            tell(f'--ood {name}: {blank.sum()} of {len(blank)} images are blank')
+        if blank := count_blank(images):
+            tell(f'--ood {name}: {blank} of {len(images)} images are blank')
         return images
     raise DataError(f'--ood {name}: no such path and no known set; choose from {", ".join(known)}')
 

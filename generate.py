@@ -124,9 +124,9 @@ def tell_mixing(energy, checkpoint, args):
 
     def watch(k, x, e):
         quarters = F.adaptive_avg_pool2d(x, 2).flatten(1)  # (8, 4 * C)
-        trace.append(torch.cat([e[:, None], quarters], dim=1).cpu().double())  # (8, 1 + 4 * C)
+        trace.append(torch.cat([e[:, None], quarters], dim=1))  # (8, 1 + 4 * C)
     sgld(lambda x: energy(x, [0] * 8), z, generator=streams, callback=watch, **args.settings)
-    x = torch.stack(trace[args.steps // 2:], dim=1)  # (8, n, 1 + 4 * C)
+    x = torch.stack(trace[args.steps // 2:], dim=1).cpu().double()  # (8, n, 1 + 4 * C)
     within, between = x.var(1, correction=0).mean(0), x.mean(1).var(0)  # (1 + 4 * C,) both
     r_hat, worth = (1 + between / within).sqrt().max(), (8 * (1 + within / between)).min()
     print(f'R-hat {r_hat:.2f} (1 if chains mix); 8 x {x.shape[1]} states are worth {worth:.0f}')

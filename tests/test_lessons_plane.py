@@ -21,7 +21,7 @@ def test_the_true_density_is_that_of_the_data(name):
 
 
 def test_annealing_brackets_log_z():
-    """Of a Gaussian energy whose Z is known: 2 pi s^2, as the square cuts off nothing."""
+    """Of a Gaussian energy whose Z is known: 2 pi s^2, as the square cuts off .2 % of it."""
     s, generator = .3, torch.Generator().manual_seed(0)
     start = 2 * torch.rand(1000, 1, 1, 2, generator=generator) - 1
     exact = s * torch.randn(1000, 1, 1, 2, generator=generator)
