@@ -58,7 +58,7 @@ def parse_args(argv=None):
     flag('--px-weight', type=weight, default=1., help='weight of p(x) terms; 0: classifier')
     flag('--pyx-weight', type=weight, default=3., help='weight of the cross-entropy')
     flag('--contrast', type=weight, default=1., help='weight of the energy gap; 0: no chains')
-    flag('--chains-after', type=number(int, 0), default=0, help='updates without any chains')
+    flag('--chains-after', type=number(int, 0), default=0, help='epochs without any chains')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term on the energies')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
     flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E a unit of distance')
@@ -198,7 +198,7 @@ def train(args, data, old_run=()):
     with tqdm(total=total, initial=history['step'], unit='update', disable=rank() > 0) as bar:
         while history['epoch'] < args.epochs:
             started, measured = time.monotonic(), []
-            contrast = args.contrast * (history['step'] >= args.chains_after)
+            contrast = args.contrast * (history['epoch'] >= args.chains_after)
             for index in batches(len(split), args, history['epoch']):
                 x_real, y = split.batch(index)  # (B, C, H, W), (B,)
 

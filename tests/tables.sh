@@ -32,7 +32,7 @@ run() {  # NAME DATA SEED JUDGE STEPS FLAGS...: train, judge the samples, score 
 for seed in 0 1 2; do
     classifier judge-letterpress-$seed letterpress $seed 3 48
     classifier plain-letterpress-$seed letterpress $seed 3 32
-    run letterpress-$seed letterpress $seed judge-letterpress-$seed 128 --epochs 3 --chains-after 700
+    run letterpress-$seed letterpress $seed judge-letterpress-$seed 128 --epochs 3 --chains-after 2
 done
 run letterpress-full letterpress 1 judge-letterpress-1 128 --epochs 3
 run letterpress-matching letterpress 1 judge-letterpress-1 128 --epochs 3 --contrast 0
@@ -52,7 +52,7 @@ if [ -n "${GLYPHS:-}" ]; then
     run glyphs-matching "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --contrast 0
     run glyphs-chains "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --matching 0
     run glyphs-time "$GLYPHS" 0 judge-glyphs 128 --epochs 8 --contrast 0
-    run glyphs-late "$GLYPHS" 0 judge-glyphs 128 --epochs 7 --chains-after 2118
+    run glyphs-late "$GLYPHS" 0 judge-glyphs 128 --epochs 7 --chains-after 6
     for epochs in 10 30 60; do
         run glyphs-$epochs "$GLYPHS" 0 judge-glyphs 128 --epochs $epochs
     done
