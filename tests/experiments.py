@@ -3,6 +3,7 @@
     python tests/experiments.py --out runs/experiments             all of them, about an hour
     python tests/experiments.py --out runs/experiments --only K    those whose name contains K
     python tests/experiments.py --out runs/seed1 --seed 1          with another seed
+    python tests/experiments.py --out runs/few --data letterpress --epochs 2 --only 'a class'
 
 Each experiment is a copy of the project in --out, changed by a few lines at most, and trained with
 its flags. A row of the table is what it came to; rows that --out already has are not run again."""
@@ -17,8 +18,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN = ['train.py', '--data', 'digits', '--epochs', '15', '--device', 'cpu']
-JUDGE = [*TRAIN, '--px-weight', '0', '--width', '48']
+JUDGE = ['--px-weight', '0', '--width', '48']
 PLAIN = ('--matching 0 --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 '
          '--prior uniform --no-conditional --no-guard')
 UPHILL = 'sampler.py', 'x = x - step_size * gradient', 'x = x + step_size * gradient'
@@ -129,11 +129,11 @@ def last_row(path):
     return list(csv.DictReader(path.open()))[-1]
 
 
-def experiment(name, folder, judge, seed):
+def experiment(name, folder, judge, train):
     flags, changes = EXPERIMENTS[name]
     copy(folder, changes)
     start = time.monotonic()
-    done = run(folder, *TRAIN, *flags.split(), '--seed', seed)
+    done = run(folder, *train, *flags.split())
     row = {'experiment': name, 'seconds': round(time.monotonic() - start)}
     if not done:  # the guard gave up: what is there is the epoch before
         row['experiment'] += ' (stopped)'
@@ -144,7 +144,7 @@ def experiment(name, folder, judge, seed):
         run(folder, 'generate.py', '--ckpt', 'best.pt', '--mode', 'samples', '--device', 'cpu')
         if name == 'ReLU':  # this network cannot load the judge, so it needs its own
             judge = folder / 'judge'
-            run(folder, *JUDGE, '--seed', seed, '--out', 'judge')
+            run(folder, *train, *JUDGE, '--out', 'judge')
         run(folder, 'generate.py', '--ckpt', 'best.pt', '--mode', 'evaluate', '--judge',
             judge / 'best.pt', '--device', 'cpu')
         scores = last_row(folder / 'evaluate.csv')
@@ -172,17 +172,22 @@ def main():
     parser.add_argument('--out', type=Path, required=True, help='folder for copies and table')
     parser.add_argument('--only', default='', help='names that contain this text')
     parser.add_argument('--seed', default='0', help='of all runs; give each seed its own --out')
+    parser.add_argument('--data', default='digits', help='name or whole path of the data set')
+    parser.add_argument('--data-root', type=os.path.abspath, default='.data', help='of train.py')
+    parser.add_argument('--epochs', default='15', help='of each run')
     args = parser.parse_args()
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'
+    train = ['train.py', '--data', args.data, '--data-root', args.data_root, '--epochs', args.epochs,
+             '--seed', args.seed, '--device', 'cpu']
     if not judge.exists():
         copy(judge, [])
-        run(judge, *JUDGE, '--seed', args.seed)
+        run(judge, *train, *JUDGE)
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     known = {row['experiment'].removesuffix(' (stopped)') for row in rows}
     for number, name in enumerate(EXPERIMENTS):
         if args.only in name and name not in known:
-            rows.append(experiment(name, out / f'{number:02d}', judge, args.seed))
+            rows.append(experiment(name, out / f'{number:02d}', judge, train))
             with table.open('w', newline='') as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
