@@ -1,13 +1,12 @@
 """Train an energy-based model (EBM) or joint energy-based model (JEM) with SGLD (course task 3.4).
 
-    python train.py                                  letterpress, a JEM, 60 epochs
-    python train.py --data GLYPHS                    another data set; digits takes minutes on a CPU
+    python train.py --data GLYPHS                    a JEM, 60 epochs; without --data: letterpress
     python train.py --resume                         go on with the run in this folder
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
-Writes best.pt, last.pt, log.csv, updates.csv (a row every ten updates), curves.png and samples/
-into --out. best.pt is the epoch with the best score: the mean of val_auprc (macro AUPRC of softmax
-f) and val_auroc (E(x) against noise and mixtures of two images), or the only one of the model.
+Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt is the
+epoch with the best score: the mean of val_auprc (macro AUPRC of softmax f) and val_auroc (E(x)
+against noise and mixtures of two images), or the only one of the model.
 """
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
                    rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
@@ -86,9 +85,8 @@ def parse_args(argv=None):
     if args.resume:  # the flags of the run in --out; the command may change those in `free`
         free = {'epochs', 'picture_every', 'graph', 'data', 'data_root'}
         checkpoint = load_model(args.out / 'last.pt')[1]
-        saved = checkpoint['args']
-        for key in ('resume', 'overwrite', 'out', 'device'):
-            saved.pop(key, None)  # this command's own
+        own = {'resume', 'overwrite', 'out', 'device'}  # this command's
+        saved = {key: value for key, value in checkpoint['args'].items() if key not in own}
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.resume = checkpoint  # instead of True
@@ -97,6 +95,8 @@ def parse_args(argv=None):
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
     if not args.px_weight:
         args.contrast = args.matching = 0.
+    if args.contrast and args.chains_after >= args.epochs:
+        parser.error('--chains-after: name fewer than --epochs, or leave chains out by --contrast 0')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0')
     if not args.contrast + args.matching + args.pyx_weight * (args.model == 'jem'):

@@ -102,6 +102,7 @@ train --data GLYPHS --contrast 0 --matching 0 --pyx-weight 0   | --contrast, --m
 train --data GLYPHS --model ebm --contrast 0 --matching 0      | --contrast, --matching ... out
 train --data GLYPHS --contrast -1                              | --contrast: -1
 train --data GLYPHS --chains-after 1.5                         | --chains-after ... '1.5'
+train --data GLYPHS --chains-after 60                          | --chains-after ... --contrast 0
 train --data GLYPHS --model ebm --conditional                  | --model ebm ... --conditional
 train --data GLYPHS --model ebm --px-weight 0                  | --model ebm ... --px-weight 0
 train --data GLYPHS --out run --resume --overwrite             | --overwrite ... --resume
