@@ -1,7 +1,7 @@
-"""Change a line, predict, run, see: the experiments of .github/EXPERIMENTS.md on the digits.
+"""Change a line, predict, run, see: the experiments of .github/EXPERIMENTS.md.
 
     python tests/experiments.py --out runs/experiments             all of them, about an hour
-    python tests/experiments.py --out runs/experiments --only K    those whose name contains K
+    python tests/experiments.py --out runs/experiments --only TEXT     those named like TEXT
     python tests/experiments.py --out runs/seed1 --seed 1          with another seed
     python tests/experiments.py --out runs/few --data letterpress --epochs 2 --only 'a class'
 
@@ -118,6 +118,7 @@ def replaced(text, old, new):
 
 def copy(folder, changes):
     """A copy of the six scripts with these changes."""
+    shutil.rmtree(folder, ignore_errors=True)  # of an interrupted run
     folder.mkdir(parents=True)
     for script in ROOT.glob('*.py'):
         shutil.copy(script, folder)
@@ -169,10 +170,11 @@ def experiment(name, folder, judge, train):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--out', type=Path, required=True, help='folder for copies and table')
+    parser.add_argument('--out', type=Path, required=True, help='folder of copies and table; '
+                        'another one for each --data, --epochs and --seed')
     parser.add_argument('--only', default='', help='names that contain this text')
-    parser.add_argument('--seed', default='0', help='of all runs; give each seed its own --out')
-    parser.add_argument('--data', default='digits', help='name or whole path of the data set')
+    parser.add_argument('--seed', default='0', help='of all runs')
+    parser.add_argument('--data', default='digits', help='name or whole path of a data set')
     parser.add_argument('--data-root', type=os.path.abspath, default='.data', help='of train.py')
     parser.add_argument('--epochs', default='15', help='of each run')
     args = parser.parse_args()
@@ -180,9 +182,11 @@ def main():
     judge, table = out / 'judge', out / 'experiments.csv'
     train = ['train.py', '--data', args.data, '--data-root', args.data_root, '--epochs', args.epochs,
              '--seed', args.seed, '--device', 'cpu']
-    if not judge.exists():
+    if not (judge / 'done').exists():
         copy(judge, [])
-        run(judge, *train, *JUDGE)
+        if not run(judge, *train, *JUDGE):
+            sys.exit(f'no judge: see {judge}/output.txt')
+        (judge / 'done').touch()
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     known = {row['experiment'].removesuffix(' (stopped)') for row in rows}
     for number, name in enumerate(EXPERIMENTS):

@@ -4,7 +4,7 @@
 #     bash tests/tables.sh                  without the course's data
 #     GLYPHS=path/GLYPHS bash tests/tables.sh
 #
-# Each run leaves log.csv, evaluate.csv and ood.csv. What is finished is not made again.
+# Each run leaves log.csv, evaluate.csv, ood.csv and report.txt. What is finished is not made again.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=1
@@ -16,38 +16,66 @@ train() {  # NAME FLAGS...: a new run, or the rest of an interrupted one
     python train.py --out "$out" "$@" "${old[@]}"
 }
 
+report() {  # NAME FLAGS...: ood.csv and what ood.py prints, such as the test accuracy
+    python ood.py --ckpt "runs/tables/$1/best.pt" --out "runs/tables/$1" "${@:2}" |
+        tee "runs/tables/$1/report.txt"
+}
+
 classifier() {  # NAME DATA SEED EPOCHS WIDTH: cross-entropy alone
+    [ -f "runs/tables/$1/report.txt" ] && return
     train "$1" --data "$2" --seed "$3" --epochs "$4" --px-weight 0 --width "$5"
+    report "$1" --ood noise
 }
 
 run() {  # NAME DATA SEED JUDGE STEPS FLAGS...: train, judge the samples, score OOD sets
     local out=runs/tables/$1 data=$2 seed=$3 judge=runs/tables/$4 steps=$5
-    [ -f "$out/ood.csv" ] && return
+    [ -f "$out/report.txt" ] && return
     train "$1" --data "$data" --seed "$seed" "${@:6}"
     python generate.py --ckpt "$out/best.pt" --mode evaluate --judge "$judge/best.pt" \
         --steps "$steps" --out "$out"
-    python ood.py --ckpt "$out/best.pt" --out "$out"
+    report "$1" --trust --attacked 1
 }
 
 for seed in 0 1 2; do
-    classifier judge-letterpress-$seed letterpress $seed 3 48
+    judge=judge-letterpress-$seed
+    classifier $judge letterpress $seed 3 48
     classifier plain-letterpress-$seed letterpress $seed 3 32
-    run letterpress-$seed letterpress $seed judge-letterpress-$seed 128 --epochs 3 --chains-after 2
+    run letterpress-$seed letterpress $seed $judge 128 --epochs 3 --chains-after 2
+    run letterpress-full-$seed letterpress $seed $judge 128 --epochs 3
+    run letterpress-matching-$seed letterpress $seed $judge 128 --epochs 3 --contrast 0
 done
-run letterpress-full letterpress 1 judge-letterpress-1 128 --epochs 3
-run letterpress-matching letterpress 1 judge-letterpress-1 128 --epochs 3 --contrast 0
 run letterpress-chains letterpress 1 judge-letterpress-1 128 --epochs 3 --matching 0
-run letterpress-long letterpress 0 judge-letterpress-0 128 --epochs 10
+run letterpress-tutorial letterpress 1 judge-letterpress-1 128 --epochs 1 --matching 0 \
+    --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 --prior uniform \
+    --no-conditional --no-guard --sgld-steps 60 --lr 1e-4 --pyx-weight 1 --reservoir 8192
+for epochs in 10 30 60; do
+    run letterpress-$epochs letterpress 0 judge-letterpress-0 128 --epochs $epochs
+done
 for seed in 0 1 2; do
-    classifier judge-digits-$seed digits $seed 60 48
-    run digits-$seed digits $seed judge-digits-$seed 128 --epochs 60
-    run digits-matching-$seed digits $seed judge-digits-$seed 128 --epochs 60 --contrast 0
-    run digits-chains-$seed digits $seed judge-digits-$seed 128 --epochs 60 --matching 0
+    judge=judge-digits-$seed
+    classifier $judge digits $seed 60 48
+    classifier plain-digits-$seed digits $seed 60 32
+    run digits-$seed digits $seed $judge 128 --epochs 60
+    run digits-late-$seed digits $seed $judge 128 --epochs 60 --chains-after 40
+    run digits-start-$seed digits $seed $judge 128 --epochs 25 --chains-after 20
+    run digits-matching-$seed digits $seed $judge 128 --epochs 60 --contrast 0
+    run digits-chains-$seed digits $seed $judge 128 --epochs 60 --matching 0
 done
 classifier judge-mnist mnist 0 2 48
+classifier plain-mnist mnist 0 2 32
 run mnist mnist 0 judge-mnist 256 --epochs 2
+for digit in 1 4 5 7 9; do
+    data=runs/tables/data-without-$digit
+    [ -d $data ] || python tests/leave_out.py --leave $digit --out $data
+    for flags in '--chains-after 1' '--contrast 0'; do
+        name=without-$digit${flags// /}
+        train $name --data $data --image-size 28 --epochs 2 $flags
+        report $name --ood ood_left
+    done
+done
 if [ -n "${GLYPHS:-}" ]; then
     classifier judge-glyphs "$GLYPHS" 0 3 48
+    classifier plain-glyphs "$GLYPHS" 0 3 32
     run glyphs "$GLYPHS" 0 judge-glyphs 128 --epochs 3
     run glyphs-matching "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --contrast 0
     run glyphs-chains "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --matching 0

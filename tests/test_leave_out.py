@@ -25,5 +25,8 @@ def test_mistakes(glyphs, tmp_path):
     """An unknown class, and a folder that is there: nothing is overwritten."""
     with pytest.raises(SystemExit):
         leave_out.main(['--data', str(glyphs), '--leave', 'sit', '--out', str(tmp_path / 'data')])
-    with pytest.raises(FileExistsError):
+    with pytest.raises(SystemExit):
         leave_out.main(['--data', str(glyphs), '--leave', 'lie', '--out', str(tmp_path)])
+    with pytest.raises(SystemExit):
+        leave_out.main(['--data', 'nowhere', '--leave', 'lie', '--out', str(tmp_path / 'data')])
+    assert list(tmp_path.iterdir()) == []
