@@ -96,7 +96,7 @@ def parse_args(argv=None):
     if not args.px_weight:
         args.contrast = args.matching = 0.
     if args.contrast and args.chains_after >= args.epochs:
-        parser.error('--chains-after: name fewer than --epochs, or leave chains out by --contrast 0')
+        parser.error('--chains-after: name fewer than --epochs; for no chains use --contrast 0')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0')
     if not args.contrast + args.matching + args.pyx_weight * (args.model == 'jem'):

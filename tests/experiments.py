@@ -180,8 +180,8 @@ def main():
     args = parser.parse_args()
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'
-    train = ['train.py', '--data', args.data, '--data-root', args.data_root, '--epochs', args.epochs,
-             '--seed', args.seed, '--device', 'cpu']
+    train = ['train.py', '--data', args.data, '--data-root', args.data_root,
+             '--epochs', args.epochs, '--seed', args.seed, '--device', 'cpu']
     if not (judge / 'done').exists():
         copy(judge, [])
         if not run(judge, *train, *JUDGE):
