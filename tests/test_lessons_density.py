@@ -27,8 +27,8 @@ def images(generator):
 def gaussian(images):
     """The model whose f is 0: p is q, the Gaussian."""
     model = density.TiltedGaussian(images).requires_grad_(False)
-    model.head.weight.zero_()
-    model.head.bias.zero_()
+    model.network[-1].weight.zero_()
+    model.network[-1].bias.zero_()
     return model
 
 
@@ -61,8 +61,8 @@ def test_annealing_brackets_log_z(energy, draw, generator):
         return density.hmc(lambda x: energy(x, s), x, 1, .05, clamp=None, generator=generator,
                            leapfrog=5)[0]
 
-    down, _ = density.anneal(energy, draw(100, 2, generator), levels, move)
-    up, _ = density.anneal(energy, draw(100, .1, generator), levels[::-1], move)
+    down, _, _ = density.anneal(energy, draw(100, 2, generator), levels, move)
+    up, _, _ = density.anneal(energy, draw(100, .1, generator), levels[::-1], move)
     assert down[-1] == pytest.approx(true, abs=1)
     assert -up[-1] == pytest.approx(true, abs=1)
 
