@@ -63,11 +63,12 @@ def test_without_contrast_no_chain_is_drawn(monkeypatch, glyphs, tmp_path):
 
 
 def test_chains_start_after_the_epochs_asked_for(glyphs, tmp_path):
-    """--chains-after 1, that is after the first epoch: its columns are empty."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--chains-after', '1'])
-    first, second = read_log(tmp_path)
+    """--chains-after 2: the columns of two epochs are empty, those of the third are not."""
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '3',
+                '--chains-after', '2'])
+    first, second, third = read_log(tmp_path)
     for column in ('energy_synth', 'loss_px', 'loss_reg'):
-        assert first[column] == '' and math.isfinite(float(second[column]))
+        assert first[column] == second[column] == '' and math.isfinite(float(third[column]))
 
 
 def test_updates_are_logged_every_ten(glyphs, tmp_path):
