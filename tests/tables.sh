@@ -61,9 +61,11 @@ for seed in 0 1 2; do
     run digits-matching-$seed digits $seed $judge 128 --epochs 60 --contrast 0
     run digits-chains-$seed digits $seed $judge 128 --epochs 60 --matching 0
 done
-classifier judge-mnist mnist 0 2 48
-classifier plain-mnist mnist 0 2 32
-run mnist mnist 0 judge-mnist 256 --epochs 2
+for seed in 0 1 2; do
+    classifier judge-mnist-$seed mnist $seed 2 48
+    classifier plain-mnist-$seed mnist $seed 2 32
+    run mnist-$seed mnist $seed judge-mnist-$seed 256 --epochs 2
+done
 for digit in 1 4 5 7 9; do
     data=runs/tables/data-without-$digit
     [ -d $data ] || python tests/leave_out.py --leave $digit --out $data
