@@ -77,8 +77,10 @@ for digit in 1 4 5 7 9; do
 done
 if [ -n "${GLYPHS:-}" ]; then
     classifier judge-glyphs "$GLYPHS" 0 3 48
+    classifier judge-glyphs-1 "$GLYPHS" 1 3 48
     classifier plain-glyphs "$GLYPHS" 0 3 32
     run glyphs "$GLYPHS" 0 judge-glyphs 128 --epochs 3
+    run glyphs-1 "$GLYPHS" 1 judge-glyphs-1 128 --epochs 3
     run glyphs-matching "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --contrast 0
     run glyphs-chains "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --matching 0
     run glyphs-time "$GLYPHS" 0 judge-glyphs 128 --epochs 8 --contrast 0
