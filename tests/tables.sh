@@ -17,8 +17,9 @@ train() {  # NAME FLAGS...: a new run, or the rest of an interrupted one
 }
 
 report() {  # NAME FLAGS...: ood.csv and what ood.py prints, such as the test accuracy
-    python ood.py --ckpt "runs/tables/$1/best.pt" --out "runs/tables/$1" "${@:2}" |
-        tee "runs/tables/$1/report.txt"
+    local out=runs/tables/$1
+    python ood.py --ckpt "$out/best.pt" --out "$out" "${@:2}" | tee "$out/report.part"
+    mv "$out/report.part" "$out/report.txt"  # only a whole report counts as finished
 }
 
 classifier() {  # NAME DATA SEED EPOCHS WIDTH: cross-entropy alone
@@ -71,6 +72,7 @@ for digit in 1 4 5 7 9; do
     [ -d $data ] || python tests/leave_out.py --leave $digit --out $data
     for flags in '--chains-after 1' '--contrast 0'; do
         name=without-$digit${flags// /}
+        [ -f "runs/tables/$name/report.txt" ] && continue
         train $name --data $data --image-size 28 --epochs 2 $flags
         report $name --ood ood_left
     done
