@@ -116,9 +116,9 @@ def chain(model, checkpoint, args):
 
 
 def tell_mixing(energy, checkpoint, args):
-    """Print R-hat (Gelman and Rubin 1992) of eight chains of the class of the first row, and the
-    number of independent states they are worth, of the second half of their steps: the worst for
-    the energy and the brightness of four quarters. Energies that still sink raise R-hat, too."""
+    """Print R-hat (Gelman and Rubin 1992) of eight chains of the first row's class, and how many
+    independent states their second halves are worth: the worst for the energy and the brightness
+    of four quarters. Energies that still sink raise R-hat, too."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 
@@ -399,10 +399,9 @@ def evaluate(model, checkpoint, args):
         print(f'{name:9}', *[f' {key} {value:.3f}' for key, value in list(row.items())[1:]])
         rows.append({**row, 'n': len(y)})
     write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
-    p = logits.softmax(1)[torch.arange(len(y)), y]  # (N, K) -> (N,), p(y|x) of the samples
-    save_grid(x[p.argsort()[:64]], args.out / 'evaluate.png', 8,
-              'samples of the lowest p(y|x) of the judge, and the class asked for',
-              captions=class_names(y[p.argsort()[:64]], checkpoint))
+    least = logits.softmax(1)[torch.arange(len(y)), y].argsort()[:64]  # (N, K) -> (N,) -> (64,)
+    save_grid(x[least], args.out / 'evaluate.png', 8, 'samples of the lowest p(y|x) of the judge, '
+              'and the class asked for', captions=class_names(y[least], checkpoint))
     return x
 
 
@@ -473,15 +472,15 @@ CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'dat
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
 MODES = {
-    'samples': Mode(samples, 'sampling', 128, None, FROM_NOISE),
+    'samples': Mode(samples, 'sampling', None, None, FROM_NOISE),
     'chain': Mode(chain, 'training', 256, None, FROM_NOISE),
     'interpolate': Mode(interpolate, 'descent', 256, None, [*CHAIN, 'classes', 'count']),
     'reconstruct': Mode(reconstruct, 'descent', 32, 8, [*FROM_IMAGES, 'iterations']),
     'inpaint': Mode(inpaint, 'training', 48, 8, [*FROM_IMAGES, 'noise', 'count', 'mask']),
     'denoise': Mode(denoise, 'descent', 24, 8, [*FROM_IMAGES, 'strengths', 'data_weight']),
-    'compose': Mode(compose, 'sampling', 128, None, [*FROM_NOISE, 'ckpt2', 'weight']),
+    'compose': Mode(compose, 'sampling', None, None, [*FROM_NOISE, 'ckpt2', 'weight']),
     'concepts': Mode(concepts, 'descent', None, 8, [*TEST, 'start', 'classes']),
-    'evaluate': Mode(evaluate, 'sampling', 128, 500, [*CHAIN, *TEST, 'noise', 'judge']),
+    'evaluate': Mode(evaluate, 'sampling', None, 500, [*CHAIN, *TEST, 'noise', 'judge']),
 }
 MASKS = ['left', 'centre', 'random', 'salt-and-pepper']
 
@@ -493,8 +492,8 @@ def parse_args(argv=None):
     flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
-    flag('--count', type=count, help='samples of each class; rows in chain and interpolate; '
-         'completions in inpaint; default: 8, or 1 row for each of --classes')
+    flag('--count', type=count, help='samples of each class, completions, or rows in chain and '
+         'interpolate; default: 8, or 1 row for each of --classes')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
     flag('--steps', type=count, help='default: from 24 to 256, see MODES in generate.py')
@@ -528,7 +527,6 @@ def parse_args(argv=None):
     if args.start and args.start.with_suffix('').resolve() == (args.out / args.mode).resolve():
         parser.error(f'--start {args.start}: would be overwritten; name another --out')
     args.count = args.count or (1 if args.classes and args.mode in ('chain', 'interpolate') else 8)
-    args.steps = args.steps or MODES[args.mode].steps
     args.images = args.images or MODES[args.mode].images
     return args
 
@@ -538,9 +536,11 @@ def main(argv=None):
         args = parse_args(argv)
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
         check_apart(args.out, args.data or checkpoint['args']['data'], args.start)
-        args.settings = chain_settings(checkpoint['sampler'], MODES[args.mode].kind, args.steps,
+        mode = MODES[args.mode]
+        args.settings = chain_settings(checkpoint['sampler'], mode.kind, args.steps or mode.steps,
                                        args.step_size, args.noise)
-        x = MODES[args.mode].function(model, checkpoint, args)  # (N, C, H, W)
+        args.steps = args.settings['steps']
+        x = mode.function(model, checkpoint, args)  # (N, C, H, W)
         with atomic_write(args.out / f'{args.mode}.npy') as file:
             np.save(file, x.cpu().numpy())
     print(f'{args.out / args.mode}.png, {args.out / args.mode}.npy')

@@ -106,21 +106,21 @@ def randn(shape, generator=None, device='cpu'):
 def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
-    `sampler` holds the facts of a training. The kinds of chains are
-    'training', as the training moves them;
-    'sampling', from noise. With a matching term they are annealed (Kirkpatrick et al. 1983), with
-        noise step_size / 2 (1 - k/K)^3 for k < K: hot chains choose among the modes;
+    `sampler` holds the facts of a training. Kinds: 'training', as the training moves them;
+    'sampling', from noise: 128 steps; with a matching term K = 32, annealed (Kirkpatrick et al.
+        1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end near the
+        energy of data. Slower cooling ends below it, with less variety;
     'descent', without noise: the chain is a function of its start.
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
     if kind not in ('training', 'sampling', 'descent'):
         raise ValueError(f'kind {kind!r}: choose training, sampling or descent')
-    steps, step_size = steps or sampler['steps'], step_size or sampler['step_size']
-    if step_size is None:  # E rises by `slope` for each unit of rms distance: a step moves by .1
-        step_size = .1 * sampler['pixels'] / sampler['slope']
+    steps = steps or {'sampling': 32 if sampler['matching'] else 128}.get(kind, sampler['steps'])
+    # E rises by `slope` for each unit of rms distance, so by default a step moves by .1.
+    step_size = step_size or sampler['step_size'] or .1 * sampler['pixels'] / sampler['slope']
     if kind == 'descent':
         noise = 0.
     elif noise is None and kind == 'sampling' and sampler['matching']:
-        noise = [step_size / 2 * (1 - k / steps) ** 3 for k in range(steps)]
+        noise = [.5 * (1 - k / steps) ** 3 for k in range(steps)]
     elif noise is None:
         noise = sampler['noise']
     return dict(steps=steps, step_size=step_size, noise=noise, grad_clip=sampler['grad_clip'])

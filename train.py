@@ -351,12 +351,12 @@ def draw_samples(state, history, args, data, facts):
     generator = torch.Generator(device).manual_seed(args.seed)
     start = prior('gaussian', (8 * len(rows), *reservoir.chains.shape[1:]), generator, device)
     fresh = sgld(partial(model.energy, y=y), start, generator=generator,
-                 **chain_settings(facts['sampler'], 'sampling', steps=128))  # (8R, C, H, W)
+                 **chain_settings(facts['sampler'], 'sampling'))  # (8R, C, H, W)
     place = (8 * rows[:, None] + torch.arange(8, device=device)) % reservoir.lengths[ring, None]
     stored = reservoir.chains[reservoir.first[ring, None] + place]  # (R, 8) -> (R, 8, C, H, W)
     x = torch.cat([fresh.unflatten(0, stored.shape[:2]), stored], dim=1)  # (R, 16, C, H, W)
     save_grid(x.flatten(0, 1), args.out / 'samples' / f'epoch_{history["epoch"]:03d}.png', 16,
-              f'epoch {history["epoch"]}: 128 steps from noise; on the right stored chains',
+              f'epoch {history["epoch"]}: chains from noise; on the right stored ones',
               rows=data.class_names[:len(rows)] if args.conditional else ())
 
 

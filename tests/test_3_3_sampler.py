@@ -355,11 +355,11 @@ FACTS = {'steps': 60, 'step_size': None, 'noise': .02, 'grad_clip': .5, 'matchin
 
 
 def test_chains_of_the_training_use_its_flags():
-    """And so do chains from noise if no matching term has shaped the energy."""
+    """And so do chains from noise if no matching term has shaped the energy, in 128 steps."""
     flags = {**FACTS, 'step_size': 10., 'matching': 0.}
     expected = {'steps': 60, 'step_size': 10., 'noise': .02, 'grad_clip': .5}
     assert chain_settings({**flags, 'matching': 1.}, 'training') == expected
-    assert chain_settings(flags, 'sampling') == expected
+    assert chain_settings(flags, 'sampling') == {**expected, 'steps': 128}
 
 
 def test_default_step_moves_pixels_by_a_tenth():
@@ -376,17 +376,17 @@ def test_default_step_moves_pixels_by_a_tenth():
 
 
 def test_chains_from_noise_cool_down():
-    """Simulated annealing, if a matching term has shaped the energy: step_size / 2 at first, then
-    less and less, as (1 - k / K)^3. Each noise is used once, whatever the number of steps."""
+    """Simulated annealing, if a matching term has shaped the energy: .5 at first, then less and
+    less, as (1 - k / K)^3. Each noise is used once, whatever the number of steps; by default 32."""
     for steps in (None, 10):
         noises = chain_settings(FACTS, 'sampling', steps)['noise']
-        assert len(noises) == (steps or 60)
-        wanted = [7.84 / 2 * (1 - k / len(noises)) ** 3 for k in range(len(noises))]
+        assert len(noises) == (steps or 32)
+        wanted = [.5 * (1 - k / len(noises)) ** 3 for k in range(len(noises))]
         assert noises == pytest.approx(wanted), (
             f'first noise {noises[0]:.3g} instead of {wanted[0]:.3g}, or they do not fall: '
-            'step_size / 2 (1 - k / K)^3 for k = 0, 1, ... K - 1')
+            '.5 (1 - k / K)^3 for k = 0, 1, ... K - 1')
     first = chain_settings(FACTS, 'sampling', step_size=3.)['noise'][0]
-    assert first == pytest.approx(1.5), f'first noise {first:.3g}: half of the step size in use'
+    assert first == pytest.approx(.5), f'first noise {first:.3g}: it depends on no step size'
 
 
 def test_descent_has_no_noise():

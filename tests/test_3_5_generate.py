@@ -123,7 +123,7 @@ def test_noise_and_step_of_each_mode(trained, tmp_path, monkeypatch):
         return seen[0]['noise'], seen[0]['step_size']
 
     monkeypatch.setattr(generate, 'sgld', spy)
-    cooling = pytest.approx([.32 * (1 - k / 6) ** 3 for k in range(6)])  # from step_size / 2
+    cooling = pytest.approx([.5 * (1 - k / 6) ** 3 for k in range(6)])
     for mode, noise in {'samples': cooling, 'compose': cooling, 'chain': .02, 'inpaint': .02,
                         'interpolate': 0, 'reconstruct': 0, 'denoise': 0}.items():
         assert settings(mode) == (noise, pytest.approx(.64)), mode

@@ -105,7 +105,7 @@ def main(argv=None):
     scores = [f'{head} {psnr(columns[head], original, hidden).mean():.2f}' for head in columns][2:]
     title = f'hidden pixels in dB: {", ".join(scores)}\ntest accuracy {hits.float().mean():.4f}'
     columns['sample'] = sgld(partial(model.energy, y=y[:8]), torch.zeros_like(original[:8]),
-                             **chain_settings(sampler, 'sampling', 128))
+                             **chain_settings(sampler, 'sampling'))
     grid = torch.stack([x[:8] for x in columns.values()], dim=1).flatten(0, 1)
     save_grid(grid, f'{args.out}/incomplete.png', len(columns), title, heads=list(columns))
     print(title)
