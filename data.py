@@ -415,11 +415,6 @@ def read_pages(path):
         raise DataError(f'{path}: not readable ({error}); replace or remove it') from error
 
 
-def read_image(path):
-    """The first page of an image file, (3, H, W)."""
-    return next(read_pages(path))
-
-
 def to_pixels(image):
     """A Pillow image as (3, H, W), transparent pixels as white paper."""
     if image.mode[0] in 'IF':  # 16 or 32 bits

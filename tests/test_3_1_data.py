@@ -13,8 +13,8 @@ from PIL import Image
 from torchvision.datasets import MNIST
 
 import data
-from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_image,
-                  read_pages, to_float, to_uint8)
+from data import (DataError, atomic_write, load_data, load_images, load_ood, prepare, read_pages,
+                  to_float, to_uint8)
 
 PARTS = ['train', 'val', 'test']
 
@@ -36,6 +36,11 @@ def save_course(folder, change=lambda images, labels, part: (images, labels)):
             for array in change(*bars(24, seed), part):
                 np.save(file, array)
     return str(folder)
+
+
+def read_image(path):
+    """The first page of an image file, (3, H, W)."""
+    return next(read_pages(path))
 
 
 def counts(loaded):
