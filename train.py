@@ -57,7 +57,7 @@ def parse_args(argv=None):
     flag('--px-weight', type=weight, default=1., help='weight of p(x) terms; 0: classifier')
     flag('--pyx-weight', type=weight, default=3., help='weight of the cross-entropy')
     flag('--contrast', type=weight, default=1., help='weight of the energy gap; 0: no chains')
-    flag('--chains-after', type=number(int, 0), default=0, help='epochs without any chains')
+    flag('--chains-after', type=number(int, 0), help='epochs before the first chains; default: 2/3')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term on the energies')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
     flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E a unit of distance')
@@ -93,10 +93,12 @@ def parse_args(argv=None):
         for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
             parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
+    if args.chains_after is None:  # without the matching term nothing else would shape dE/dx
+        args.chains_after = 2 * args.epochs // 3 if args.matching else 0
     if not args.px_weight:
         args.contrast = args.matching = 0.
     if args.contrast and args.chains_after >= args.epochs:
-        parser.error('--chains-after: name fewer than --epochs; for no chains use --contrast 0')
+        parser.error('--chains-after: --epochs must be more; for no chains use --contrast 0')
     if args.model == 'ebm' and (args.conditional or not args.px_weight):
         parser.error('--model ebm has no labels: leave out --conditional and --px-weight 0')
     if not args.contrast + args.matching + args.pyx_weight * (args.model == 'jem'):
@@ -170,7 +172,6 @@ def train(args, data, old_run=()):
     weights, averages = list(model.parameters()), list(averaged.parameters())
     # No momentum: it would average gradients from samples that are out of date.
     optimizer = torch.optim.Adam(weights, args.lr, betas=(0., .999), fused=True)
-    average_weights = get_ema_multi_avg_fn(EMA)  # a <- EMA * a + (1 - EMA) * w
     reservoir = make_reservoir(args.init, ring, batch, args.reservoir // ranks(), image_shape,
                                args.reinit, args.prior, generator)
     state = {'model': model, 'averaged': averaged, 'optimizer': optimizer, 'reservoir': reservoir,
@@ -201,7 +202,6 @@ def train(args, data, old_run=()):
             contrast = args.contrast * (history['epoch'] >= args.chains_after)
             for index in batches(len(split), args, history['epoch']):
                 x_real, y = split.batch(index)  # (B, C, H, W), (B,)
-
                 # cross-entropy: the classifier
                 logits = model.get_logits(perturb(x_real, args, generator))  # (B, K)
                 energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
@@ -235,7 +235,7 @@ def train(args, data, old_run=()):
                 average([weight.grad for weight in weights])  # over the ranks
                 grad_norm = clip_grad_norm_(weights, CLIP_NORM)
                 optimizer.step()
-                average_weights(averages, weights, None)
+                get_ema_multi_avg_fn(EMA)(averages, weights, None)  # a <- EMA a + (1 - EMA) w
 
                 numbers |= {'loss': loss, 'grad_norm': grad_norm}
                 measured.append(torch.stack(list(numbers.values())).detach())  # (L,)

@@ -14,7 +14,7 @@ import train  # noqa: E402
 
 QUICK = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', '16',
          '--sgld-steps', '2', '--reservoir', '48', '--picture-every', '2', '--device', 'cpu',
-         '--precision', 'fp32']
+         '--precision', 'fp32', '--chains-after', '0']
 
 
 def pytest_configure(config):

@@ -181,7 +181,8 @@ def main():
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'
     train = ['train.py', '--data', args.data, '--data-root', args.data_root,
-             '--epochs', args.epochs, '--seed', args.seed, '--device', 'cpu']
+             '--epochs', args.epochs, '--seed', args.seed, '--device', 'cpu',
+             '--chains-after', '0']
     if not (judge / 'done').exists():
         copy(judge, [])
         if not run(judge, *train, *JUDGE):

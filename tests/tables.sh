@@ -28,12 +28,13 @@ classifier() {  # NAME DATA SEED EPOCHS WIDTH: cross-entropy alone
     report "$1" --ood noise
 }
 
-run() {  # NAME DATA SEED JUDGE STEPS FLAGS...: train, judge the samples, score OOD sets
-    local out=runs/tables/$1 data=$2 seed=$3 judge=runs/tables/$4 steps=$5
+run() {  # NAME DATA SEED JUDGE FLAGS...: train, judge the samples, score OOD sets
+    local out=runs/tables/$1 data=$2 seed=$3 judge=runs/tables/$4 steps=()
     [ -f "$out/report.txt" ] && return
-    train "$1" --data "$data" --seed "$seed" "${@:6}"
+    [ "$data" = mnist ] && steps=(--steps 256)
+    train "$1" --data "$data" --seed "$seed" "${@:5}"
     python generate.py --ckpt "$out/best.pt" --mode evaluate --judge "$judge/best.pt" \
-        --steps "$steps" --out "$out"
+        --out "$out" "${steps[@]}"
     report "$1" --trust --attacked 1
 }
 
@@ -41,36 +42,38 @@ for seed in 0 1 2; do
     judge=judge-letterpress-$seed
     classifier $judge letterpress $seed 3 48
     classifier plain-letterpress-$seed letterpress $seed 3 32
-    run letterpress-$seed letterpress $seed $judge 128 --epochs 3 --chains-after 2
-    run letterpress-full-$seed letterpress $seed $judge 128 --epochs 3
-    run letterpress-matching-$seed letterpress $seed $judge 128 --epochs 3 --contrast 0
+    run letterpress-$seed letterpress $seed $judge --epochs 3
+    run letterpress-full-$seed letterpress $seed $judge --epochs 3 --chains-after 0
+    run letterpress-matching-$seed letterpress $seed $judge --epochs 3 --contrast 0
 done
-run letterpress-chains letterpress 1 judge-letterpress-1 128 --epochs 3 --matching 0
-run letterpress-tutorial letterpress 1 judge-letterpress-1 128 --epochs 1 --matching 0 \
+run letterpress-chains letterpress 1 judge-letterpress-1 --epochs 3 --matching 0
+run letterpress-tutorial letterpress 1 judge-letterpress-1 --epochs 1 --matching 0 \
     --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 --prior uniform \
     --no-conditional --no-guard --sgld-steps 60 --lr 1e-4 --pyx-weight 1 --reservoir 8192
 for epochs in 10 30 60; do
-    run letterpress-$epochs letterpress 0 judge-letterpress-0 128 --epochs $epochs
+    run letterpress-$epochs letterpress 0 judge-letterpress-0 --epochs $epochs --chains-after 0
 done
+run letterpress-late-60 letterpress 0 judge-letterpress-0 --epochs 60
 for seed in 0 1 2; do
     judge=judge-digits-$seed
     classifier $judge digits $seed 60 48
     classifier plain-digits-$seed digits $seed 60 32
-    run digits-$seed digits $seed $judge 128 --epochs 60
-    run digits-late-$seed digits $seed $judge 128 --epochs 60 --chains-after 40
-    run digits-start-$seed digits $seed $judge 128 --epochs 25 --chains-after 20
-    run digits-matching-$seed digits $seed $judge 128 --epochs 60 --contrast 0
-    run digits-chains-$seed digits $seed $judge 128 --epochs 60 --matching 0
+    run digits-$seed digits $seed $judge --epochs 60
+    run digits-full-$seed digits $seed $judge --epochs 60 --chains-after 0
+    run digits-start-$seed digits $seed $judge --epochs 20
+    run digits-matching-$seed digits $seed $judge --epochs 60 --contrast 0
+    run digits-chains-$seed digits $seed $judge --epochs 60 --matching 0
 done
 for seed in 0 1 2; do
     classifier judge-mnist-$seed mnist $seed 2 48
     classifier plain-mnist-$seed mnist $seed 2 32
-    run mnist-$seed mnist $seed judge-mnist-$seed 256 --epochs 2
+    run mnist-$seed mnist $seed judge-mnist-$seed --epochs 2
+    run mnist-full-$seed mnist $seed judge-mnist-$seed --epochs 2 --chains-after 0
 done
 for digit in 1 4 5 7 9; do
     data=runs/tables/data-without-$digit
     [ -d $data ] || python tests/leave_out.py --leave $digit --out $data
-    for flags in '--chains-after 1' '--contrast 0'; do
+    for flags in '' '--contrast 0'; do
         name=without-$digit${flags// /}
         [ -f "runs/tables/$name/report.txt" ] && continue
         train $name --data $data --image-size 28 --epochs 2 $flags
@@ -78,16 +81,18 @@ for digit in 1 4 5 7 9; do
     done
 done
 if [ -n "${GLYPHS:-}" ]; then
-    classifier judge-glyphs "$GLYPHS" 0 3 48
-    classifier judge-glyphs-1 "$GLYPHS" 1 3 48
-    classifier plain-glyphs "$GLYPHS" 0 3 32
-    run glyphs "$GLYPHS" 0 judge-glyphs 128 --epochs 3
-    run glyphs-1 "$GLYPHS" 1 judge-glyphs-1 128 --epochs 3
-    run glyphs-matching "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --contrast 0
-    run glyphs-chains "$GLYPHS" 0 judge-glyphs 128 --epochs 3 --matching 0
-    run glyphs-time "$GLYPHS" 0 judge-glyphs 128 --epochs 8 --contrast 0
-    run glyphs-late "$GLYPHS" 0 judge-glyphs 128 --epochs 7 --chains-after 6
+    for seed in 0 1 2; do
+        judge=judge-glyphs-$seed
+        classifier $judge "$GLYPHS" $seed 3 48
+        classifier plain-glyphs-$seed "$GLYPHS" $seed 3 32
+        run glyphs-$seed "$GLYPHS" $seed $judge --epochs 3
+        run glyphs-matching-$seed "$GLYPHS" $seed $judge --epochs 3 --contrast 0
+    done
+    run glyphs-full-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --chains-after 0
+    run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0
+    run glyphs-time "$GLYPHS" 0 judge-glyphs-0 --epochs 8 --contrast 0
+    run glyphs-late "$GLYPHS" 0 judge-glyphs-0 --epochs 7 --chains-after 6
     for epochs in 10 30 60; do
-        run glyphs-$epochs "$GLYPHS" 0 judge-glyphs 128 --epochs $epochs
+        run glyphs-$epochs "$GLYPHS" 0 judge-glyphs-0 --epochs $epochs --chains-after 0
     done
 fi
