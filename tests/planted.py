@@ -185,8 +185,9 @@ SAMPLER = [  # task 3.3, in sampler.py
      'return torch.rand(shape, generator=generator, dtype=torch.float32, device=device)',
      'uniform on [0, 1]', r'U\(-1, 1\)'),
     ("settings['noise'] ** 2 /", "settings['noise'] /", 'T without the square', 'noise\\^2|square'),
-    ('noise = [.5 * (1', 'noise = [.06 * step_size * (1', 'noise of the step size', 'step'),
-    ("{'sampling': 32", "{'sampling': 60", 'slow cooling', '32'),
+    ('noise = [.5 * (1', 'noise = [.06 * step_size * (1', 'noise of the step size',
+     'first noise'),
+    ("{'sampling': 32", "{'sampling': 60", 'slow cooling', 'instead of 32'),
     ('(1 - k / steps) ** 3', '(k / steps) ** 3', 'heated, not cooled', 'instead of'),
 ]
 

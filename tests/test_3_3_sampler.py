@@ -380,7 +380,7 @@ def test_chains_from_noise_cool_down():
     less, as (1 - k / K)^3. Each noise is used once, whatever the number of steps; by default 32."""
     for steps in (None, 10):
         noises = chain_settings(FACTS, 'sampling', steps)['noise']
-        assert len(noises) == (steps or 32)
+        assert len(noises) == (steps or 32), f'{len(noises)} steps instead of {steps or 32}'
         wanted = [.5 * (1 - k / len(noises)) ** 3 for k in range(len(noises))]
         assert noises == pytest.approx(wanted), (
             f'first noise {noises[0]:.3g} instead of {wanted[0]:.3g}, or they do not fall: '
