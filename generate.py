@@ -496,7 +496,7 @@ def parse_args(argv=None):
          'interpolate; default: 8, or 1 row for each of --classes')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
-    flag('--steps', type=count, help='default: from 24 to 256, see MODES in generate.py')
+    flag('--steps', type=count, help='default: 24 to 256, see MODES and chain_settings')
     flag('--step-size', type=positive, help='default: that of the training')
     flag('--noise', type=weight, help='standard deviation in a step; default: see chain_settings')
     flag('--guidance', type=weight, default=1., help='1 is E(x, y); more: clearer members')

@@ -114,15 +114,15 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
     if kind not in ('training', 'sampling', 'descent'):
         raise ValueError(f'kind {kind!r}: choose training, sampling or descent')
-    steps = steps or {'sampling': 32 if sampler['matching'] else 128}.get(kind, sampler['steps'])
     # E rises by `slope` for each unit of rms distance, so by default a step moves by .1.
     step_size = step_size or sampler['step_size'] or .1 * sampler['pixels'] / sampler['slope']
-    if kind == 'descent':
-        noise = 0.
-    elif noise is None and kind == 'sampling' and sampler['matching']:
-        noise = [.5 * (1 - k / steps) ** 3 for k in range(steps)]
-    elif noise is None:
-        noise = sampler['noise']
+    if kind == 'sampling':
+        steps = steps or (32 if sampler['matching'] else 128)
+        if noise is None and sampler['matching']:
+            noise = [.5 * (1 - k / steps) ** 3 for k in range(steps)]
+    steps = steps or sampler['steps']
+    noise = sampler['noise'] if noise is None else noise
+    noise = 0. if kind == 'descent' else noise
     return dict(steps=steps, step_size=step_size, noise=noise, grad_clip=sampler['grad_clip'])
 
 

@@ -12,9 +12,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts stand beside t
 
 import train  # noqa: E402
 
-QUICK = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', '16',
-         '--sgld-steps', '2', '--reservoir', '48', '--picture-every', '2', '--device', 'cpu',
-         '--precision', 'fp32', '--chains-after', '0']
+TINY = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', '16',
+        '--sgld-steps', '2', '--reservoir', '48', '--picture-every', '2', '--device', 'cpu',
+        '--precision', 'fp32']
+QUICK = [*TINY, '--chains-after', '0']  # with chains from the first update on
 
 
 def pytest_configure(config):

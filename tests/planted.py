@@ -187,7 +187,7 @@ SAMPLER = [  # task 3.3, in sampler.py
     ("settings['noise'] ** 2 /", "settings['noise'] /", 'T without the square', 'noise\\^2|square'),
     ('noise = [.5 * (1', 'noise = [.06 * step_size * (1', 'noise of the step size',
      'first noise'),
-    ("{'sampling': 32", "{'sampling': 60", 'slow cooling', 'instead of 32'),
+    ('(32 if sampler', '(60 if sampler', 'slow cooling', 'instead of 32'),
     ('(1 - k / steps) ** 3', '(k / steps) ** 3', 'heated, not cooled', 'instead of'),
 ]
 

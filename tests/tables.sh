@@ -91,7 +91,7 @@ if [ -n "${GLYPHS:-}" ]; then
     run glyphs-full-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --chains-after 0
     run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0
     run glyphs-time "$GLYPHS" 0 judge-glyphs-0 --epochs 8 --contrast 0
-    run glyphs-late "$GLYPHS" 0 judge-glyphs-0 --epochs 7 --chains-after 6
+    run glyphs-late-10 "$GLYPHS" 0 judge-glyphs-0 --epochs 10
     for epochs in 10 30 60; do
         run glyphs-$epochs "$GLYPHS" 0 judge-glyphs-0 --epochs $epochs --chains-after 0
     done

@@ -16,7 +16,7 @@ from PIL import Image
 
 import data
 import train
-from conftest import QUICK
+from conftest import QUICK, TINY
 from model import load_model
 from test_3_4_training import read_log
 
@@ -67,7 +67,7 @@ def test_without_contrast_no_chain_is_drawn(monkeypatch, glyphs, tmp_path):
 def test_chains_start_in_the_last_third(glyphs, tmp_path, flags, without):
     """Of three epochs the first two have none, so their columns are empty: with --chains-after 1
     the first; without the matching term, which would be all that shapes dE/dx, none."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK[:-2], '--epochs=3', *flags])
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *TINY, '--epochs', '3', *flags])
     for column in ('energy_synth', 'loss_px', 'loss_reg'):
         values = [row[column] for row in read_log(tmp_path)]
         assert values[:without] == [''] * without, f'{column} {values}: chains start too early'
