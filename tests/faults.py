@@ -7,7 +7,7 @@
 After every fault all files can be read, and the run is resumed. Once finished, its last.pt,
 best.pt, logs (but for the column `seconds`) and pictures must be those of an unbroken run, bit by
 bit.
-Linux only: processes are forked.
+Linux only.
 """
 import argparse
 import contextlib
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -47,21 +48,29 @@ LOGS = ['log.csv', 'updates.csv']
 
 # --- processes ------------------------------------------------------------------------------------
 
-def start(main, argv, log, prepare=lambda: None):
-    """A process that calls main(argv) and writes all messages to `log`. It is a fork, so torch
-    need not be imported again."""
-    def body():
-        torch.set_num_threads(1)
-        with open(log, 'w') as sys.stdout, contextlib.redirect_stderr(sys.stdout):
-            prepare()
-            main([str(word) for word in argv])
+def run(main, argv, log, prepare):
+    torch.set_num_threads(1)
+    with open(log, 'w') as sys.stdout, contextlib.redirect_stderr(sys.stdout):
+        prepare()
+        main([str(word) for word in argv])
 
-    process = multiprocessing.get_context('fork').Process(target=body)
+
+def nothing():
+    pass
+
+
+def start(main, argv, log, prepare=nothing):
+    """A process that calls prepare() and main(argv) and writes all messages to `log`. It is a fork
+    of a server that has imported torch and computed nothing: where there is a GPU, a process that
+    has used autograd cannot be forked. What it calls is pickled."""
+    context = multiprocessing.get_context('forkserver')
+    context.set_forkserver_preload(['train', 'sklearn.metrics'])
+    process = context.Process(target=run, args=(main, argv, log, prepare))
     process.start()
     return process
 
 
-def finish(main, argv, log, prepare=lambda: None):
+def finish(main, argv, log, prepare=nothing):
     """The exit status of such a process, and the lines that it wrote."""
     process = start(main, argv, log, prepare)
     process.join()
@@ -180,6 +189,23 @@ def kills(folder, count, dice):
     return f'{count} SIGKILLs at random moments', *endure(folder, count, live)
 
 
+def die_in_a_write(last, after):
+    """From now on, SIGKILL before or after the fsync or replace that has the number `last`."""
+    calls = itertools.count()
+
+    def deadly(call):
+        def inner(*arguments):
+            now = next(calls) == last
+            if now and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            call(*arguments)
+            if now:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return inner
+
+    os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+
+
 def writes(folder, count, dice):
     """SIGKILL inside of a write: before or after a random fsync or replace. A random moment seldom
     falls there."""
@@ -187,21 +213,7 @@ def writes(folder, count, dice):
 
     def live(out):
         nonlocal left
-        calls, last, after = itertools.count(), dice.randrange(25), dice.random() < .5
-
-        def deadly(call):
-            def inner(*arguments):
-                now = next(calls) == last
-                if now and not after:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                call(*arguments)
-                if now:
-                    os.kill(os.getpid(), signal.SIGKILL)
-            return inner
-
-        def prepare():
-            os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
-
+        prepare = partial(die_in_a_write, dice.randrange(25), dice.random() < .5)
         status, _ = finish(train.main, training(out), folder / 'log', prepare)
         left += len(list(out.rglob('.*')))
         for path in out.rglob('.*'):
@@ -222,10 +234,8 @@ def small_disk(folder, room):
     mount = ['mount', '-t', 'tmpfs', '-o', f'size={used + room}', 'none', folder]
     mounted = subprocess.run(mount, capture_output=True).returncode == 0
 
-    def prepare():
-        if not mounted:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-
+    limit = partial(resource.setrlimit, resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    prepare = nothing if mounted else limit
     try:
         shutil.copytree(content, folder, dirs_exist_ok=True)
         yield prepare, 'a full disk (tmpfs)' if mounted else 'a limit on the size of files'

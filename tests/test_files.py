@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import train
 from conftest import QUICK
 from model import EnergyModel, load_model, save_checkpoint
 
-resource = pytest.importorskip('resource', reason='limits, forks and signals of Linux and macOS')
+resource = pytest.importorskip('resource', reason='limits and signals of Linux and macOS')
 from faults import start, unreadable  # noqa: E402
 
 
@@ -146,23 +147,24 @@ def test_ctrl_c_while_libraries_are_imported(script, tmp_path):
     assert 'KeyboardInterrupt' in ends[1].stderr
 
 
+def slow_disk(out, stuck):
+    """From now on the first write after log.csv got its second row waits, and makes `stuck`."""
+    def wait(descriptor):
+        if epochs_logged(out) == 2:
+            stuck.touch()
+            wait_for(lambda: False)
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup may ignore it
+    os.fsync = wait
+
+
 @pytest.mark.parametrize('number, status', [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_in_the_middle_of_a_write(glyphs, tmp_path, number, status):
     """A signal ends the run with its status. Every file is the older one, with nothing beside it,
     and last.pt holds the epoch before."""
     out, stuck = tmp_path / 'run', tmp_path / 'stuck'
-
-    def prepare():
-        def slow_disk(descriptor):  # the first write after log.csv got its second row waits
-            if epochs_logged(out) == 2:
-                stuck.touch()
-                wait_for(lambda: False)
-
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # nohup may ignore it
-        os.fsync = slow_disk
-
     flags = ['--data', glyphs, '--out', out, *QUICK, '--epochs', '9999']
-    process = start(train.main, flags, tmp_path / 'said', prepare)
+    process = start(train.main, flags, tmp_path / 'said', partial(slow_disk, out, stuck))
     wait_for(lambda: stuck.exists() or not process.is_alive())
     before = contents(out)
     half_written = [path for path in before if path.name[0] == '.']
