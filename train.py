@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
 Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt is the
-epoch with the best score: the mean of val_auprc (macro AUPRC of softmax f) and val_auroc (E(x)
-against noise and mixtures of two images), or the only one of the model.
+epoch with the best score, once there are chains of those with chains: the mean of val_auprc (macro
+AUPRC of softmax f) and val_auroc (E(x) against noise and mixtures), or the only one of the model.
 """
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
                    rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
@@ -176,7 +176,7 @@ def train(args, data, old_run=()):
                                args.reinit, args.prior, generator)
     state = {'model': model, 'averaged': averaged, 'optimizer': optimizer, 'reservoir': reservoir,
              'generator': generator}
-    history = dict(epoch=0, step=0, seconds=0., event='', trips=0, drops=0., epochs=[], updates=[])
+    history = dict(epoch=0, step=0, seconds=0., drops=0., epochs=[], updates=[])
     facts = {'args': {**vars(args), 'resume': None, 'out': str(args.out), 'device': str(device)},
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
@@ -204,10 +204,9 @@ def train(args, data, old_run=()):
                 x_real, y = split.batch(index)  # (B, C, H, W), (B,)
                 # cross-entropy: the classifier
                 logits = model.get_logits(perturb(x_real, args, generator))  # (B, K)
-                energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                 loss_pyx = pyx_step(logits, y)
                 loss = args.pyx_weight * loss_pyx
-                numbers = {'loss_pyx': loss_pyx, 'energy_real': energy_real.mean()}
+                numbers = {'loss_pyx': loss_pyx}
 
                 if contrast:
                     # x' ~ p(x): K steps of SGLD from stored chains, or from the data (task 3.3)
@@ -215,11 +214,13 @@ def train(args, data, old_run=()):
                     x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
                     reservoir.store(slot, x_synth)
                     # -T log p(x): data against samples, and the size of the energies
+                    energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
                     terms = {'loss_px': px_step(energy_real, energy_synth),
                              'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
                     loss = loss + args.px_weight * contrast * sum(terms.values())
-                    numbers |= {**terms, 'energy_synth': energy_synth.mean()}
+                    numbers |= {**terms, 'energy_real': energy_real.mean(),
+                                'energy_synth': energy_synth.mean()}
                 if args.matching:  # dE/dx leads back to the data
                     away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
                     numbers['loss_matching'] = args.matching * matching_step(
@@ -304,14 +305,15 @@ def validate(model, split, args):
 
 
 def log_epoch(row, trouble, state, history, args, data, facts):
-    """Count the epoch, write its logs and pictures, and best.pt if none has a higher score."""
+    """Count the epoch, write its logs and pictures, and best.pt if no rival has a higher score."""
     history['epoch'] += 1
-    row |= {**{key: history[key] for key in EPOCH}, 'event': trouble or history['event']}
+    row |= {key: history[key] for key in EPOCH[:-1]}
+    row['event'] = trouble or history.pop('event', '')  # of an epoch that was given up
     history['epochs'].append(row)
-    history['event'] = ''
     if rank() > 0:
         return
-    best = not trouble and row['score'] == max(old['score'] for old in history['epochs'])
+    rivals = [old for old in history['epochs'] if 'loss_px' in old or 'loss_px' not in row]
+    best = not trouble and row['score'] == max(old['score'] for old in rivals)
     if best:
         with atomic_write(args.out / 'best.pt') as file:
             save_checkpoint(file, state['averaged'], **facts, epoch=row['epoch'])
@@ -322,7 +324,6 @@ def log_epoch(row, trouble, state, history, args, data, facts):
         if args.px_weight:
             draw_samples(state, history, args, data, facts)
     shown = [f'{key} {row[key]:.4g}' for key in ['epoch', 'loss_px', *SCORES] if key in row]
-    shown += [f'trips {history["trips"]}, lr {history["lr"]:.2g}'] * bool(history['trips'])
     tqdm.write('  '.join([*shown, row['event'], 'best so far' if best else '']))
 
 
@@ -373,13 +374,12 @@ def find_trouble(row, history, args):
 
 def go_back(trouble, state, history, args):
     """Go back to the epoch before, which is in last.pt, with a lower rate, or give up."""
-    trips, drops = history['trips'] + 1, history['drops'] + 1
-    event = f'{trouble} in epoch {history["epoch"]}'
+    drops, event = history['drops'] + 1, f'{trouble} in epoch {history["epoch"]}'
     if drops > MOST_TRIPS or not args.guard:
         raise FloatingPointError(f'training diverged: {event}; last.pt holds the epoch before; use '
                                  f'an --lr below {args.lr:g} or more --sgld-steps')
     load_run(load_model(args.out / 'last.pt')[1], state, history, args)
-    history.update(trips=trips, drops=drops, event=f'{event}: back with a lower rate')
+    history.update(drops=drops, event=f'{event}: back with a lower rate')
 
 
 def save_run(state, history, args, facts):

@@ -33,8 +33,8 @@ PARTS = {
     'load_ood': [('low, high = x.amin(', 'return to_uint8(made', 'Return the set as uint8.')],
     'train': [
         ('logits = model.get_logits(', 'if args.matching:',
-         ('Give `loss`, a scalar, and `numbers`, a dict of the scalars loss_pyx and energy_real; '
-          'with chains also loss_px, loss_reg (times alpha) and energy_synth, with the matching '
+         ('Give `loss`, a scalar, and `numbers`, a dict of the scalars: loss_pyx; with chains '
+          'loss_px, loss_reg (times alpha), energy_real and energy_synth; with the matching '
           'term loss_matching (times its weight).')),
         ('optimizer.zero_grad()', 'loss.backward()', 'Give each weight the gradient of the loss.')],
     'samples': [('y, streams, z = start_samples(', 'x = draw(',

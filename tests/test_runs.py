@@ -57,7 +57,7 @@ def test_without_contrast_no_chain_is_drawn(monkeypatch, glyphs, tmp_path):
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--contrast', '0',
                 '--epochs', '20', '--lr', '.02', '--picture-every', '20'])
     first, *_, last = read_log(tmp_path)
-    assert last['energy_synth'] == last['loss_px'] == last['loss_reg'] == ''
+    assert last['energy_real'] == last['energy_synth'] == last['loss_px'] == last['loss_reg'] == ''
     for loss in ('loss_pyx', 'loss_matching'):
         assert float(last[loss]) < .9 * float(first[loss])
 
@@ -68,10 +68,20 @@ def test_chains_start_in_the_last_third(glyphs, tmp_path, flags, without):
     """Of three epochs the first two have none, so their columns are empty: with --chains-after 1
     the first; without the matching term, which would be all that shapes dE/dx, none."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *TINY, '--epochs', '3', *flags])
-    for column in ('energy_synth', 'loss_px', 'loss_reg'):
+    for column in ('energy_real', 'energy_synth', 'loss_px', 'loss_reg'):
         values = [row[column] for row in read_log(tmp_path)]
         assert values[:without] == [''] * without, f'{column} {values}: chains start too early'
         assert '' not in values[without:], f'{column} {values}: chains start too late'
+
+
+@pytest.mark.parametrize('scores, best', [([.9, .5, .7, .6], 3), ([.5, .9, .6, .7], 4)])
+def test_best_epoch_has_chains(glyphs, tmp_path, monkeypatch, scores, best):
+    """Once there are chains, here after two epochs, the best of the epochs with chains is kept."""
+    left, validate = list(scores), train.validate
+    monkeypatch.setattr(train, 'validate', lambda *a: validate(*a) | {'score': left.pop(0)})
+    flags = ['--data', str(glyphs), '--out', str(tmp_path), *TINY, '--chains-after', '2']
+    train.main([*flags, '--epochs', '4'])
+    assert load_model(tmp_path / 'best.pt')[1]['epoch'] == best
 
 
 def test_updates_are_logged_every_ten(glyphs, tmp_path):
@@ -210,10 +220,10 @@ def test_guard_gives_up_with_advice(glyphs, tmp_path, capsys):
     are left. The message has a line of its own, and the log does not repeat itself."""
     last, event = given_up(tmp_path, capsys, '--data', str(glyphs), *QUICK, '--lr', '1e30')
     assert '--lr' in last and 'last.pt' in last and 'not finite' in event
-    assert event.count('not finite') == 1 and re.match(r'[\w.]+: training diverged', last)
+    assert event.count('not finite') == 1 and re.match(r'\S+: training diverged', last)
     assert (tmp_path / 'curves.png').exists() and (tmp_path / 'samples').exists()
     assert not (tmp_path / 'best.pt').exists()
-    assert state(tmp_path)['/run/history/trips'] == train.MOST_TRIPS
+    assert state(tmp_path)['/run/history/drops'] == train.MOST_TRIPS
 
 
 def test_guard_sees_a_flipped_sign(glyphs, tmp_path, capsys, monkeypatch):
@@ -227,9 +237,9 @@ def test_guard_sees_a_flipped_sign(glyphs, tmp_path, capsys, monkeypatch):
     assert 'diverged' in last and '--no-guard' in last and 'energy gap' in event
 
 
-def test_guard_goes_back_and_on(trained, tmp_path, capsys):
+def test_guard_goes_back_and_on(trained, tmp_path):
     """NaN in an epoch: one trip, told in the log, and the epoch again with a lower rate, which then
-    comes back. The last line printed tells the trips and the rate."""
+    comes back."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     broken, pyx_step = [], train.pyx_step
 
@@ -245,9 +255,6 @@ def test_guard_goes_back_and_on(trained, tmp_path, capsys):
     for row, level in ((rows[2], 1), (rows[3], .75)):
         rate = 2e-3 * .98 ** (int(row['epoch']) - 1) * int(row['step']) / train.WARMUP
         assert float(row['lr']) == pytest.approx(rate * train.RETREAT ** level, rel=1e-3)
-    last_line = capsys.readouterr().out.strip().split('\n')[-1]
-    assert f'trips 1, lr {float(rows[3]["lr"]):.2g}' in last_line
-    assert state(tmp_path)['/run/history/trips'] == 1
 
 
 def test_guard_waits_for_a_gap_that_mends_itself():
