@@ -118,7 +118,7 @@ def chain(model, checkpoint, args):
 def tell_mixing(energy, checkpoint, args):
     """Print R-hat (Gelman and Rubin 1992) of eight chains of the first row's class, and how many
     independent states their second halves are worth: the worst for the energy and the brightness
-    of four quarters. Energies that still sink raise R-hat, too."""
+    of four quarters. Energies that sink alike lower R-hat."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 
@@ -178,7 +178,7 @@ def compose(model, checkpoint, args):
 
 def start_samples(count, per_class, checkpoint, args):
     """Labels y (N,), or None for E(x), random streams and noises z (N, C, H, W): `per_class` of
-    each of --classes, or else `count` with labels as frequent as in the data, so that x ~ p(x)."""
+    each of --classes, or else `count` with labels as frequent as in the data."""
     if args.classes:
         y = class_labels(args.classes, checkpoint, args).repeat_interleave(per_class)  # (N,)
         return y, *start_noise(len(y), checkpoint, args)
@@ -264,7 +264,7 @@ def missing_pixels(streams, x, args):
 
 def denoise(model, checkpoint, args):
     """Chains without noise of their own start from an image with Gaussian noise of deviation s and
-    follow E(x) + w / (2 s^2) |x - noisy|^2, w times the energy of p(x | noisy) for the prior
+    follow E(x, y) + w / (2 s^2) |x - noisy|^2, w times the energy of p(x | noisy) for the prior
     exp(-E/w), with w = --data-weight / step size. Total variation is there to compare with."""
     x, y = given_images(checkpoint, args)  # (N, C, H, W), (N,)
     s = torch.tensor(args.strengths, device=args.device).repeat_interleave(len(x))  # (S * N,)

@@ -69,7 +69,7 @@ def all_scores(logits, energy, gradient):
     if logits.shape[1] > 1:
         log_p = logits.log_softmax(1)  # log p(y|x) for T = 1, (N, K): at small T all are 0 or 1
         scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max p, Hendrycks and Gimpel 2017
-        scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # H[p(y|x)]
+        scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # of softmax f
         scores['max_logit'] = -logits.amax(1)  # min_y E(x, y), which is E(x) for T -> 0
     # JEM's approximate mass (5.3), negated. The matching term trains it to be small at the data.
     scores['grad_norm'] = gradient.flatten(1).norm(dim=1).double()  # ||dE/dx||_2
@@ -222,7 +222,7 @@ def find_threshold(model, data, device):
 
 
 def check(model, class_names, data, args):
-    """check.csv: file, energy, verdict, class and confidence max_y p(y|x) of images at --check."""
+    """check.csv: file, energy, verdict, class and confidence max softmax f of images at --check."""
     threshold = find_threshold(model, data, args.device)
     channels, size = data.test.images.shape[1:3]
     rows, errors = [], []
@@ -369,7 +369,7 @@ def attack(victims, data, args):
 
 
 def show_distal(models, data, args):
-    """distal.png: uniform noise driven to p(y = c | x) >= .9 by gradient ascent, a column for each
+    """distal.png: uniform noise driven to softmax f(x)[c] >= .9 by gradient ascent, a column for each
     class c (JEM, section 5.4): what a model takes for a c, far from the data."""
     heads = data.class_names[:10]
     labels = torch.arange(len(heads), device=args.device)[:, None]  # (R, 1)
@@ -387,7 +387,7 @@ def show_distal(models, data, args):
         captions += [f'p {value:.2f}' for value in p.flatten().tolist()]
         pictures.append(x)
     save_grid(torch.cat(pictures), args.out / 'distal.png', len(heads), rows=list(models),
-              title='noise driven to p(y = c | x) of .9', heads=heads, captions=captions)
+              title='noise driven to softmax f(x)[c] of .9', heads=heads, captions=captions)
 
 
 def trust(model, baseline, checkpoint, data, args):

@@ -133,7 +133,7 @@ def matching_step(energy, x_real, away, slope):
     """Mean square of dE/dx at x_real + away (B, C, H, W) minus that of a valley around each image,
     both times pixels / slope. At a distance r from the image (root mean square over the pixels) the
     valley has the energy slope * sqrt(r^2 + ROUND^2). Far off this regresses directions, as
-    equilibrium matching does (Wang and Du 2025). It is the score of no density."""
+    equilibrium matching does (Wang and Du 2025). It is not the score of noisy data."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -181,7 +181,7 @@ def train(args, data, old_run=()):
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
     def energy(x, y):
-        """What chains follow and matching shapes. If y ~ p(y), then x ~ p(x|y) is x ~ p(x)."""
+        """What chains follow and matching shapes. Labels have the p(y) of the data, not of the law."""
         return model.energy(x, y if args.conditional else None)  # (B, C, H, W), (B,) -> (B,)
 
     def sample(start, y):
@@ -209,7 +209,7 @@ def train(args, data, old_run=()):
                 numbers = {'loss_pyx': loss_pyx}
 
                 if contrast:
-                    # x' ~ p(x): K steps of SGLD from stored chains, or from the data (task 3.3)
+                    # x' ~ p(x|y): K steps of SGLD from stored chains, or the data (task 3.3)
                     start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
                     x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
                     reservoir.store(slot, x_synth)
@@ -227,7 +227,7 @@ def train(args, data, old_run=()):
                         partial(energy, y=y), x_real, away, args.slope)
                     loss = loss + args.px_weight * numbers['loss_matching']
 
-                # descent on the weighted sum: -log p(x, y) = -log p(x) - log p(y|x)
+                # descent on the weighted sum; at T = 1 -log p(x, y) = -log p(x) - log p(y|x)
                 rate = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
                 history['lr'] = args.lr * rate * RETREAT ** history['drops']
                 optimizer.param_groups[0]['lr'] = history['lr']
