@@ -145,14 +145,14 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     check_parts(name, parts, class_names)
     # What is missing is taken out of train at random, each class in the same shares: 15 % for test
     # and as many for val, so that 70 % stay; beside a given test, 10 % for val.
-    size = .1 if 'test' in parts else .15
+    test_size = .1 if 'test' in parts else .15
     for part in [part for part in ('test', 'val') if part not in parts]:
         from sklearn.model_selection import train_test_split  # slow to import
         train = parts['train']
-        index = train_test_split(np.arange(len(train)), test_size=size, stratify=train.labels,
+        index = train_test_split(np.arange(len(train)), test_size=test_size, stratify=train.labels,
                                  random_state=seed)  # positions (n,) and (m,)
         parts['train'], parts[part] = [Split(train.images[i], train.labels[i]) for i in index]
-        size = len(parts[part])
+        test_size = len(parts[part])  # a number now: train has become smaller
     data = Data(*(parts[part] for part in SPLITS), class_names, ood)
     for key, value in data.describe().items():
         if like and value != like[key]:
@@ -178,7 +178,7 @@ def check_parts(name, parts, class_names):
         if missing:
             tell(f'--data {name}: no {part} images of class {", ".join(missing)}')
     counts, needed = parts['train'].labels.bincount(), 10 if 'test' in parts else 8  # (K,)
-    if len(parts) < len(SPLITS) and counts.min() < needed:
+    if len(parts) < len(SPLITS) and counts.min() < needed:  # 10 % of 10, or 15 % of 8, is one
         raise DataError(f'--data {name}: class {class_names[counts.argmin()]} has {counts.min()} '
                         f'of the {needed} train images needed to split them; add some')
 
@@ -297,7 +297,7 @@ def read_arrays(path, labelled=False):
         raise DataError(f'{path}: not readable ({error}); save {wanted}') from error
     arrays.sort(key=np.ndim, reverse=True)  # a .npz file may hold the labels first
     images, *labels = arrays or [np.empty(0)]
-    is_images = images.ndim == 3 or images.ndim == 4 and {*images.shape[1::2]} & {1, 3}
+    is_images = images.ndim == 3 or images.ndim == 4 and {images.shape[1], images.shape[3]} & {1, 3}
     are_numbers = all(array.size and array.dtype.kind in 'biuf' for array in arrays)
     one_each = [array.size for array in labels] == [*images.shape[:1]]  # (N,) or (N, 1)
     if not is_images or not are_numbers or (labelled or labels) and not one_each:
@@ -499,10 +499,10 @@ class Press:
 
     def noise(self, n, cells):
         """Smooth noise (n, 1, 56, 56): few cells make stains, many make grain."""
-        rows = torch.eye(cells, dtype=torch.float32)[None, None]  # (1, 1, cells, cells)
-        rows = F.interpolate(rows, (FRAME, cells), mode='bicubic')  # (1, 1, 56, cells)
+        one = torch.eye(cells, dtype=torch.float32)[None, None]  # (1, 1, cells, cells)
+        bicubic = F.interpolate(one, (FRAME, cells), mode='bicubic')  # (1, 1, 56, cells), a matrix
         dots = torch.randn(n, 1, cells, cells, generator=self.g, dtype=torch.float32)
-        return rows @ dots @ rows.mT
+        return bicubic @ dots @ bicubic.mT  # along the columns and along the rows
 
     def pick(self, labels):
         """Type of these labels (n,), or n random letters, in random faces: (n, 1, 112, 112)."""
@@ -596,8 +596,8 @@ def print_letterpress(seed):
     clutter = torch.cat([press.print(press.scatter(len(part))) for part in pairs.split(250)])
     arrays = {'clutter': clutter, 'ligatures': images[len(labels):]}
     # The labels are still sorted. Dealt out like cards, they give each split its share of a class.
-    card = torch.arange(len(labels)) % 20 % 7
-    for part, cards in [('train', [1, 2, 4, 5, 6]), ('val', [0]), ('test', [3])]:  # 14, 3, 3 of 20
+    card = torch.arange(len(labels)) % 20 % 7  # of 20 cards 3 are a 0, 3 a 3, and 14 the rest
+    for part, cards in [('train', [1, 2, 4, 5, 6]), ('val', [0]), ('test', [3])]:
         index = torch.isin(card, torch.tensor(cards)).nonzero().flatten()
         index = index[torch.randperm(len(index), generator=press.g)]
         arrays |= {part: images[index], f'{part}_labels': labels[index]}
@@ -723,7 +723,7 @@ def save_figure(figure, path):
 
 def shortened(text, length):
     """The last characters of a text, at most `length`: the end of a path says most."""
-    return text if len(text := str(text)) <= length else f'…{text[1 - length:]}'
+    return str(text) if len(str(text)) <= length else f'…{str(text)[1 - length:]}'
 
 
 def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
@@ -731,11 +731,11 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
     a title, one on the left of each row, above each column, and below each image."""
     import matplotlib.figure  # slow to import, as the next one
     from torchvision.utils import make_grid
-    high, wide = x.shape[2:]
-    zoom = max(1, round(56 / wide))  # screen pixels for one image pixel
+    h, w = x.shape[2:]
+    zoom = max(1, round(56 / w))  # screen pixels for one image pixel
     gap = 2 if not captions else 2 + -(-12 // zoom)  # for captions of 12 screen pixels
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
-    height, width = x.shape[2:]
+    height, width = x.shape[2:]  # of a cell, with the gaps
     grid = make_grid(to_uint8(x), columns, padding=0, pad_value=255)  # (3, R * height, C' * width)
     heads, captions = [[shortened(text, zoom * width // 5) for text in texts]  # 5 pixels a letter
                        for texts in (heads, captions)]
@@ -746,10 +746,10 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
         axes = figure.add_axes((0, 0, 1, 1), frame_on=False)
         axes.imshow(grid.movedim(0, 2).numpy(), aspect='auto')  # (R * height, C' * width, 3)
         axes.tick_params(length=0, labelsize=8, labeltop=True, labelbottom=False)
-        axes.set_yticks([height * i + high / 2 for i in range(len(rows))], rows)
-        axes.set_xticks([width * i + wide / 2 for i in range(len(heads))], heads, fontsize=6)
+        axes.set_yticks([height * i + h / 2 for i in range(len(rows))], rows)
+        axes.set_xticks([width * i + w / 2 for i in range(len(heads))], heads, fontsize=6)
         for i, text in enumerate(captions):
-            axes.text(i % columns * width + wide / 2, i // columns * height + high + 2 / zoom,
+            axes.text(i % columns * width + w / 2, i // columns * height + h + 2 / zoom,
                       text, ha='center', va='top', fontsize=6)
         axes.set_title(title, fontsize=9, loc='left')
         save_figure(figure, path)

@@ -36,10 +36,10 @@ def draw(energy, start, args, streams=(), free=None, keep=()):
     (x, i) -> (B,), in which i (B,) are the numbers of the chains x (B, C, H, W), to look up labels.
     streams are N torch.Generators. free, bool (N, 1, H, W), says which pixels move."""
     count = len(start)
-    streams = [*streams, *[torch.Generator(args.device)] * CHUNK]  # the last ones are for copies
+    streams = [*streams] + CHUNK * [torch.Generator(args.device)]  # the last ones are for copies
     frames = sorted({round(k) for k in np.linspace(0, args.steps, 60)}) if args.gif else []
     states = {step: [] for step in [*keep, *frames, args.steps]}
-    with tqdm(total=args.steps * -(-count // CHUNK), desc=args.mode, unit='step') as bar:
+    with tqdm(total=args.steps * math.ceil(count / CHUNK), desc=args.mode, unit='step') as bar:
         for at in range(0, count, CHUNK):
             # Copies of the last chain fill the last chunk: smaller batches round differently.
             i = torch.arange(at, at + CHUNK, device=args.device).clamp_max(count - 1)  # (CHUNK,)
@@ -134,7 +134,7 @@ def tell_mixing(energy, checkpoint, args):
 
 def interpolate(model, checkpoint, args):
     """Samples between two samples of a class: chains without noise from z = sqrt(rho) z1 +
-    sqrt(1 - rho) z2, which is N(0, 0.01) for every rho (Nijkamp et al. 2019: our rho is rho^2)."""
+    sqrt(1 - rho) z2, which is N(0, 0.01) for every rho (rho^2 in Nijkamp et al. 2019)."""
     y, _, z = start_samples(2 * args.count, 2 * args.count, checkpoint, args)
     rho = torch.linspace(1, 0, 9, device=args.device).view(9, 1, 1, 1)
     z = rho.sqrt() * z[0::2, None] + (1 - rho).sqrt() * z[1::2, None]  # (P, 9, C, H, W)
@@ -397,7 +397,7 @@ def evaluate(model, checkpoint, args):
         row['distinct'], row['coverage'] = variety(sharp, sharp_real, y)
         row['distinct_blurred'], row['coverage_blurred'] = variety(soft, soft_real, y)
         print(f'{name:9}', *[f' {key} {value:.3f}' for key, value in list(row.items())[1:]])
-        rows.append({**row, 'n': len(y)})
+        rows.append({**row, 'n': len(y)})  # the samples come last: `logits` below are theirs
     write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
     least = logits.softmax(1)[torch.arange(len(y)), y].argsort()[:64]  # (N, K) -> (N,) -> (64,)
     save_grid(x[least], args.out / 'evaluate.png', 8, 'samples of the lowest p(y|x) of the judge, '
@@ -433,8 +433,8 @@ def paired_halves(labels, count, seed):
 
 
 def judge_features(judge, x, args):
-    """The judge's last features (N, D) of images (N, C, H, W), those of the images after a Gaussian
-    blur of 1.5 pixels at a width of 56, in proportion elsewhere, and logits (N, K), on the CPU."""
+    """The judge's last features (N, D) of images x (N, C, H, W), those of x after a Gaussian blur
+    of 1.5 pixels per 56 of width, (N, D), and the logits (N, K) of x, all on the CPU."""
     soft = blur(x, 1.5 * x.shape[3] / 56)  # (N, C, H, W)
     sharp, soft = [torch.cat([judge.features(part.to(args.device)) for part in images.split(256)])
                    for images in (x, soft)]  # (N, D) both
@@ -451,10 +451,10 @@ def frechet_distance(a, b):
 
 
 def variety(features, real, y, k=5):
-    """`distinct`: the share of samples farther from the nearest other sample of their class than
-    the closest 5 % of real images from theirs. `coverage` (Naeem et al. 2020): the share of real
-    images with a sample of their class within the distance of their k-th nearest other real image,
-    or the farthest. Both have features (N, D) and labels y (N,); classes of one do not count."""
+    """Two shares, from distances within the classes y (N,) of features and real, (N, D) both.
+    distinct: samples whose nearest other sample is farther than that of the closest 5 % of real
+    images. coverage (Naeem et al. 2020): real images with a sample at most as far as their k-th
+    nearest other real image, or the last if there are fewer. Classes of one do not count."""
     def distances(a, b):  # (N, D) both -> (N, N), inf between classes, 0 for equal features
         distance = torch.cdist(a, b, compute_mode='donot_use_mm_for_euclid_dist')
         return distance.masked_fill(y[:, None] != y, torch.inf)
@@ -467,7 +467,7 @@ def variety(features, real, y, k=5):
     return [share[others].double().mean().item() for share in (distinct, covered)]
 
 
-Mode = namedtuple('Mode', 'function kind steps images flags')  # flags that only some modes use
+Mode = namedtuple('Mode', 'function kind default_steps default_images flags')  # not of all modes
 CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
@@ -527,7 +527,7 @@ def parse_args(argv=None):
     if args.start and args.start.with_suffix('').resolve() == (args.out / args.mode).resolve():
         parser.error(f'--start {args.start}: would be overwritten; name another --out')
     args.count = args.count or (1 if args.classes and args.mode in ('chain', 'interpolate') else 8)
-    args.images = args.images or MODES[args.mode].images
+    args.images = args.images or MODES[args.mode].default_images
     return args
 
 
@@ -537,8 +537,8 @@ def main(argv=None):
         model, checkpoint = load_model(args.ckpt, args.device, args.precision)
         check_apart(args.out, args.data or checkpoint['args']['data'], args.start)
         mode = MODES[args.mode]
-        args.settings = chain_settings(checkpoint['sampler'], mode.kind, args.steps or mode.steps,
-                                       args.step_size, args.noise)
+        args.settings = chain_settings(checkpoint['sampler'], mode.kind,
+                                       args.steps or mode.default_steps, args.step_size, args.noise)
         args.steps = args.settings['steps']
         x = mode.function(model, checkpoint, args)  # (N, C, H, W)
         with atomic_write(args.out / f'{args.mode}.npy') as file:

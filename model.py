@@ -16,7 +16,7 @@ import math
 import os
 import signal
 import sys
-if {'train.py', 'generate.py', 'ood.py'} & {*map(os.path.basename, sys.orig_argv)}:
+if os.path.basename(sys.argv[0]) in ('train.py', 'generate.py', 'ood.py'):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the imports without a traceback
 
 import torch
@@ -58,14 +58,14 @@ class EnergyModel(nn.Module):
 
     def energy_of_logits(self, logits, y=None):
         """f(x)[y] (B, K) -> E(x) or E(x, y) (B,): the only place that knows the sign of the energy.
-        y: an int, one label (1,) or B labels (B,); else a ValueError tells how many and which."""
+        y: an int, one label (1,) or B labels (B,), from 0 to K - 1; else a ValueError."""
         if y is None:
             return -self.temperature * (logits / self.temperature).logsumexp(1)  # (B, K) -> (B,)
-        y, last = torch.as_tensor(y, device=logits.device), logits.shape[1] - 1
+        y = torch.as_tensor(y, device=logits.device)
         try:
             return -logits.gather(1, y.expand(len(logits))[:, None]).squeeze(1)  # (B, K) -> (B,)
-        except RuntimeError as error:
-            raise ValueError(f'y: one label or {len(logits)}, 0 to {last}') from error
+        except RuntimeError as e:
+            raise ValueError(f'y: one label or {len(logits)}, 0 to {logits.shape[1] - 1}') from e
 
 
 def swish_cnn(channels, width):
@@ -82,7 +82,7 @@ def swish_cnn(channels, width):
 
 
 class FirstConv2d(nn.Conv2d):
-    """A 5x5 convolution with stride 2 and padding 4, and no other one, computed as a 3x3 one of 2x2
+    """A convolution for 5x5, stride 2 and padding 4 only, computed as a 3x3 convolution of 2x2
     pixel blocks. The sums are the same, but dE/dx takes a CPU half the time."""
 
     def forward(self, x):
@@ -116,9 +116,9 @@ def load_model(path, device='cpu', precision='fp32'):
     try:
         checkpoint = torch.load(path, map_location='cpu', weights_only=True)  # runs no code
         model = EnergyModel(**checkpoint['settings'], precision=precision)
-        _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # needed
+        _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # or KeyError
         for old, new in zip(checkpoint['network'].splitlines(), str(model).splitlines()):
-            if old != new:
+            if old != new:  # the weights may fit all the same, as with another stride
                 reason = f'trained with{old}, while model.py builds{new} now'
                 raise ValueError(reason)
         model.load_state_dict(checkpoint['weights'])
@@ -170,7 +170,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def number(kind, low, high=10 ** 7):
     """argparse type: an int or float (`kind`) from `low` to `high`."""
-    def number(text):
+    def number(text):  # argparse quotes this name: invalid number value
         if low <= kind(text) <= high:
             return kind(text)
         raise argparse.ArgumentTypeError(f'{text} is not a number from {low} to {high}')
@@ -224,7 +224,7 @@ def ranks():
 
 
 def average(tensors):
-    """Means over the ranks, in place: DistributedDataParallel allows no autograd.grad in a loss."""
+    """Means over the ranks, in place. DistributedDataParallel does not work with autograd.grad."""
     for tensor in tensors if ranks() > 1 else []:
         dist.all_reduce(tensor)
         tensor /= ranks()

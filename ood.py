@@ -49,7 +49,7 @@ def parse_args(argv=None):
 
 # --- scores ---------------------------------------------------------------------------------------
 
-def evaluate(model, images, device):
+def infer(model, images, device):
     """Logits (N, K), E(x) (N,), both float64, and dE/dx (N, C, H, W) of uint8 images (N, C, H, W).
     In float32, 1 - max p would be 0 for thousands of images of a sure classifier, all ties."""
     logits, gradients = [], []
@@ -63,7 +63,7 @@ def evaluate(model, images, device):
 
 
 def all_scores(logits, energy, gradient):
-    """All OOD scores of N images from what `evaluate` gives, {name: numpy (N,)}: `energy`, and for
+    """All OOD scores of N images from what `infer` gives, {name: numpy (N,)}: `energy`, and for
     K > 1 `max_prob`, `entropy`, `max_logit`, then `grad_norm`. For a new one add one line here."""
     scores = {'energy': energy}  # E(x)
     if logits.shape[1] > 1:
@@ -120,9 +120,9 @@ def report(model, baseline, data, sets, args):
     images = {'test': data.test.images, **sets}
     scores, metrics, rows = {}, {}, []
     for name in tqdm(images, 'scores', unit='set'):
-        scores[name] = all_scores(*evaluate(model, images[name], args.device))
+        scores[name] = all_scores(*infer(model, images[name], args.device))
         if baseline is not None:
-            plain = all_scores(*evaluate(baseline, images[name], args.device))
+            plain = all_scores(*infer(baseline, images[name], args.device))
             scores[name]['baseline_max_prob'] = plain['max_prob']
             scores[name]['baseline_energy'] = plain['energy']
     for name in tqdm(sets, 'intervals', unit='set'):
@@ -137,7 +137,7 @@ def report(model, baseline, data, sets, args):
     print_table(scores, metrics, threshold)
     for name, classifier in {'checkpoint': model, 'baseline': baseline}.items():
         if classifier is not None and classifier.settings['num_classes'] > 1:
-            logits, _, _ = evaluate(classifier, data.test.images, args.device)  # (N, K)
+            logits, _, _ = infer(classifier, data.test.images, args.device)  # (N, K)
             p, y = logits.softmax(1).numpy(), data.test.labels.numpy()  # (N, K), (N,)
             auprc = np.mean([average_precision_score(y == k, p[:, k]) for k in np.unique(y)])
             print(f'{name} on the {len(y)} test images: accuracy {(p.argmax(1) == y).mean():.4f}, '
@@ -217,7 +217,7 @@ def show_typical(images, scores, path):
 
 def find_threshold(model, data, device):
     """The lowest energy that keeps 95 % of the validation images: above it, an image is OOD."""
-    _, energy, _ = evaluate(model, data.val.images, device)  # (N,)
+    _, energy, _ = infer(model, data.val.images, device)  # (N,)
     return float(np.quantile(energy, KEEP, method='inverted_cdf'))
 
 
@@ -233,7 +233,7 @@ def check(model, class_names, data, args):
             rows.append({'file': printable(file), 'verdict': 'unreadable'})
             errors.append(error)
             continue
-        logits, energy, _ = evaluate(model, images, args.device)  # (N, K), (N,)
+        logits, energy, _ = infer(model, images, args.device)  # (N, K), (N,)
         for name, f, e in zip(names, logits, energy):
             verdict = 'OOD' if e > threshold or e.isnan() else 'in-distribution'
             row = {'file': name, 'energy': f'{e:.6g}', 'verdict': verdict}
@@ -284,8 +284,8 @@ def calibrate(models, data, args):
     rows = []
     with panels(list(models), args.out / 'calibration.png', 'confidence', 'accuracy') as axes:
         for ax, (name, model) in zip(axes, models.items()):
-            logits_val, _, _ = evaluate(model, data.val.images, args.device)  # (N, K)
-            logits, _, _ = evaluate(model, data.test.images, args.device)  # (N, K)
+            logits_val, _, _ = infer(model, data.val.images, args.device)  # (N, K)
+            logits, _, _ = infer(model, data.test.images, args.device)  # (N, K)
             fitted = fit_temperature(logits_val, data.val.labels)
             for t in sorted({1., model.temperature, fitted}):
                 ece, confidence, accuracy = reliability(logits / t, data.test.labels)
@@ -352,12 +352,12 @@ def attack(victims, data, args):
             for ax, norm in zip(axes, RADII):
                 accuracy = []
                 for radius in tqdm([0, *RADII[norm]], f'PGD, {norm}, on {name}', unit='radius'):
-                    found = []  # at a small T, an attack past the defence may be the stronger one
-                    for known in [defence, None] if defence else [None]:
+                    found = []  # accuracies: attacks past the defence may be stronger at a small T
+                    for attacked in [defence, None] if defence else [None]:
                         right = []
                         for x, y in batches:  # (B, C, H, W), (B,)
                             if radius:
-                                x = pgd(model, x, y, norm, 2 * radius, known, generator)
+                                x = pgd(model, x, y, norm, 2 * radius, attacked, generator)
                             x = defend(model.energy, x, defence, generator) if defence else x
                             right.append(model.get_logits(x.detach()).argmax(1) == y)  # (B,)
                         found.append(torch.cat(right).float().mean().item())
@@ -369,7 +369,7 @@ def attack(victims, data, args):
 
 
 def show_distal(models, data, args):
-    """distal.png: uniform noise driven to softmax f(x)[c] >= .9 by gradient ascent, a column for each
+    """distal.png: uniform noise driven to softmax f(x)[c] >= .9 by gradient ascent, a column a
     class c (JEM, section 5.4): what a model takes for a c, far from the data."""
     heads = data.class_names[:10]
     labels = torch.arange(len(heads), device=args.device)[:, None]  # (R, 1)

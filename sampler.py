@@ -72,7 +72,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
         x = x.detach().requires_grad_(True)
         e = energy(x)
         gradient, = torch.autograd.grad(e.sum(), x)
-        return e.detach(), step_size / noise * gradient.clamp(-bound, bound)
+        return e.detach(), step_size / noise * gradient.clamp(-bound, bound)  # noise/2 d(E/T)/dx
     x, (e, kick) = x.detach(), energy_and_kick(x)
     for _ in range(steps):
         p_start = randn(x.shape, generator, x.device)  # (B, C, H, W)
@@ -87,7 +87,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
             new_e, new_kick = energy_and_kick(q)
             p = p - new_kick
         rise = (new_e - e) / t + (p.square() - p_start.square()).flatten(1).sum(1) / 2  # of H, (B,)
-        # -log u of a uniform u has the law of half the square of two normal numbers.
+        # -log u of a uniform u has the law of (z1^2 + z2^2) / 2, and `randn` has a stream a chain.
         accept = rise < randn((len(x), 2), generator, x.device).square().sum(1) / 2  # (B,)
         mask = accept.view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1)
         x, kick = torch.where(mask, q, x), torch.where(mask, new_kick, kick)
@@ -106,7 +106,7 @@ def randn(shape, generator=None, device='cpu'):
 def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
-    `sampler` holds the facts of a training. Kinds: 'training', as the training moves them;
+    sampler: the dict of that name in a checkpoint. Kinds: 'training', as the training moves them;
     'sampling', from noise: 128 steps; with a matching term K = 32, annealed (Kirkpatrick et al.
         1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end near the
         energy of data. Slower cooling ends below it, with less variety;
@@ -185,8 +185,8 @@ class Reservoir:
 
     def draw(self, ring, generator=None):
         """A chain for each entry of `ring` (B,): x (B, C, H, W), and the slots (B,) to store it."""
-        member = F.one_hot(ring, len(self.lengths))  # (B,) -> (B, R)
-        order = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B,): 0, 1 ... in a ring
+        member = F.one_hot(ring, len(self.lengths))  # (B, R); rings 2 5 2 2 have the order 0 0 1 2
+        order = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B,)
         slot = self.first[ring] + (self.head[ring] + order) % self.lengths[ring]  # (B,)
         self.head = (self.head + member.sum(0)) % self.lengths
         x = self.chains[slot]  # (B, C, H, W)

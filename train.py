@@ -5,8 +5,8 @@
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
 Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt is the
-epoch with the best score, once there are chains of those with chains: the mean of val_auprc (macro
-AUPRC of softmax f) and val_auroc (E(x) against noise and mixtures), or the only one of the model.
+epoch with the best score; once chains run, epochs without them do not count. The score is the mean
+of val_auprc (macro AUPRC of softmax f; not for an EBM) and val_auroc (E(x); not for a classifier).
 """
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
                    rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
@@ -32,10 +32,10 @@ from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgl
 
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
-RETREAT, MOST_TRIPS = .3, 4  # of the guard: factor on the learning rate, and how often in a row
+RETREAT, MOST_DROPS = .3, 4  # of the guard: learning-rate factor of a drop, and how many in a row
 EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
 NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'loss_matching', 'loss_reg',
-           'loss', 'grad_norm']
+           'loss', 'grad_norm']  # loss_matching and loss_reg include --matching and --alpha
 SCORES = ['val_accuracy', 'val_auprc', 'val_auroc', 'energy_noise', 'score']
 
 
@@ -56,9 +56,9 @@ def parse_args(argv=None):
     flag('--width', type=count, default=32, help='feature maps of the first convolution')
     flag('--px-weight', type=weight, default=1., help='weight of p(x) terms; 0: classifier')
     flag('--pyx-weight', type=weight, default=3., help='weight of the cross-entropy')
-    flag('--contrast', type=weight, default=1., help='weight of the energy gap; 0: no chains')
+    flag('--contrast', type=weight, default=1., help='weight of the gap and its L2; 0: no chains')
     flag('--chains-after', type=number(int, 0), help='epochs before the first chains; default: 2/3')
-    flag('--alpha', type=weight, default=.1, help='weight of the L2 term on the energies')
+    flag('--alpha', type=weight, default=.1, help='weight of the L2 term beside the gap')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
     flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E a unit of distance')
     flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
@@ -130,10 +130,10 @@ def pyx_step(logits, y):
 
 
 def matching_step(energy, x_real, away, slope):
-    """Mean square of dE/dx at x_real + away (B, C, H, W) minus that of a valley around each image,
-    both times pixels / slope. At a distance r from the image (root mean square over the pixels) the
-    valley has the energy slope * sqrt(r^2 + ROUND^2). Far off this regresses directions, as
-    equilibrium matching does (Wang and Du 2025). It is not the score of noisy data."""
+    """Mean square difference of two gradients at x_real + away (B, C, H, W), both times pixels /
+    slope: dE/dx, and that of a valley around each image, which at a distance r from it (root mean
+    square over the pixels) has the energy slope * sqrt(r^2 + ROUND^2). Far off that is a direction,
+    as in equilibrium matching (Wang and Du 2025), and not the score of noisy data."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -181,7 +181,7 @@ def train(args, data, old_run=()):
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
     def energy(x, y):
-        """What chains follow and matching shapes. Labels have the p(y) of the data, not of the law."""
+        """What chains follow and matching shapes. Their labels y are those of the batch."""
         return model.energy(x, y if args.conditional else None)  # (B, C, H, W), (B,) -> (B,)
 
     def sample(start, y):
@@ -228,8 +228,8 @@ def train(args, data, old_run=()):
                     loss = loss + args.px_weight * numbers['loss_matching']
 
                 # descent on the weighted sum; at T = 1 -log p(x, y) = -log p(x) - log p(y|x)
-                rate = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
-                history['lr'] = args.lr * rate * RETREAT ** history['drops']
+                factor = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
+                history['lr'] = args.lr * factor * RETREAT ** history['drops']
                 optimizer.param_groups[0]['lr'] = history['lr']
                 optimizer.zero_grad()
                 loss.backward()
@@ -246,10 +246,10 @@ def train(args, data, old_run=()):
                 if history['step'] % 10 == 0:
                     row = dict(zip(numbers, torch.stack(measured[-10:]).mean(0).tolist()))
                     history['updates'].append({'step': history['step'], **row})
-                    bar.set_postfix({key: row[key] for key in NUMBERS[2:4] if key in row})
+                    bar.set_postfix({k: row[k] for k in ('loss_px', 'loss_pyx') if k in row})
             history['seconds'] += time.monotonic() - started
             row = dict(zip(numbers, torch.stack(measured).mean(0).tolist()))
-            row |= validate(averaged, val_split, args)
+            row |= validate(averaged, val_split, args)  # levels its classes, too
             trouble = find_trouble(row, history, args)
             log_epoch(row, trouble, state, history, args, data, facts)
             if trouble:
@@ -277,18 +277,18 @@ def perturb(x, args, generator):
 
 @torch.no_grad()
 def validate(model, split, args):
-    """Level the classes, in the model's bias; then accuracy and macro AUPRC of softmax f, and AUROC
-    of E(x) against negatives that need no data: mixtures of two images, and uniform noise."""
+    """Set the bias of `model` so that its classes are level. Return accuracy and macro AUPRC of
+    softmax f, and the AUROC of E(x) against mixtures of two images and uniform noise."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
     x, y = to_float(split.images), split.labels.cpu()  # (N, C, H, W), (N,)
     generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise every epoch
     noise = prior('uniform', x.shape, generator, args.device)  # (N, C, H, W)
     images = torch.cat([x, (x + x.roll(max(1, len(x) // 3), 0)) / 2, noise])  # (3N, C, H, W)
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
-    told = logits[:len(y)].gather(1, y[:, None])  # f(x)[y], (N, 1)
+    f_y = logits[:len(y)].gather(1, y[:, None])  # f(x)[y], (N, 1)
     for k in range(logits.shape[1]) if args.px_weight else []:
         # Losses hardly fix how high a class lies: give E(x, y) of its images the median 0.
-        level = told[y == k if k in y else y >= 0].median()  # of all images if it has none here
+        level = (f_y[y == k] if k in y else f_y).median()  # of all images if it has none here
         logits[:, k] -= level
         model.head.bias[k] -= level
     energy, y = model.energy_of_logits(logits), y.numpy()  # (3N,), (N,)
@@ -305,15 +305,15 @@ def validate(model, split, args):
 
 
 def log_epoch(row, trouble, state, history, args, data, facts):
-    """Count the epoch, write its logs and pictures, and best.pt if no rival has a higher score."""
+    """Count the epoch, write its logs and pictures, and best.pt if its score is the highest."""
     history['epoch'] += 1
     row |= {key: history[key] for key in EPOCH[:-1]}
     row['event'] = trouble or history.pop('event', '')  # of an epoch that was given up
     history['epochs'].append(row)
     if rank() > 0:
         return
-    rivals = [old for old in history['epochs'] if 'loss_px' in old or 'loss_px' not in row]
-    best = not trouble and row['score'] == max(old['score'] for old in rivals)
+    chains = [old for old in history['epochs'] if 'loss_px' in old]  # the epochs with chains
+    best = not trouble and row['score'] == max(old['score'] for old in chains or history['epochs'])
     if best:
         with atomic_write(args.out / 'best.pt') as file:
             save_checkpoint(file, state['averaged'], **facts, epoch=row['epoch'])
@@ -353,7 +353,7 @@ def draw_samples(state, history, args, data, facts):
     start = prior('gaussian', (8 * len(rows), *reservoir.chains.shape[1:]), generator, device)
     fresh = sgld(partial(model.energy, y=y), start, generator=generator,
                  **chain_settings(facts['sampler'], 'sampling'))  # (8R, C, H, W)
-    place = (8 * rows[:, None] + torch.arange(8, device=device)) % reservoir.lengths[ring, None]
+    place = torch.arange(8 * len(rows), device=device).view(-1, 8) % reservoir.lengths[ring, None]
     stored = reservoir.chains[reservoir.first[ring, None] + place]  # (R, 8) -> (R, 8, C, H, W)
     x = torch.cat([fresh.unflatten(0, stored.shape[:2]), stored], dim=1)  # (R, 16, C, H, W)
     save_grid(x.flatten(0, 1), args.out / 'samples' / f'epoch_{history["epoch"]:03d}.png', 16,
@@ -375,7 +375,7 @@ def find_trouble(row, history, args):
 def go_back(trouble, state, history, args):
     """Go back to the epoch before, which is in last.pt, with a lower rate, or give up."""
     drops, event = history['drops'] + 1, f'{trouble} in epoch {history["epoch"]}'
-    if drops > MOST_TRIPS or not args.guard:
+    if drops > MOST_DROPS or not args.guard:
         raise FloatingPointError(f'training diverged: {event}; last.pt holds the epoch before; use '
                                  f'an --lr below {args.lr:g} or more --sgld-steps')
     load_run(load_model(args.out / 'last.pt')[1], state, history, args)

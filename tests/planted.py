@@ -336,7 +336,7 @@ OOD = [  # task 3.6, in ood.py
     ('count_id.cumsum() - count_id / 2', 'count_id.cumsum()', 'ties count whole', 'ties'),
     ('random.choice(rank_id, n_id)', 'random.permutation(rank_id)', 'bootstrap without replacement',
      'replacement'),
-    ('evaluate(model, data.val.images, device)', 'evaluate(model, data.test.images, device)',
+    ('infer(model, data.val.images, device)', 'infer(model, data.test.images, device)',
      'threshold from the test set', 'validation'),
     ('np.quantile(energy, KEEP,', 'np.quantile(energy, 1 - KEEP,', 'threshold keeps 5 %', '95'),
     ("'OOD' if e > threshold", "'OOD' if e < threshold", 'verdicts turned', 'above'),

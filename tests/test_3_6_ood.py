@@ -72,7 +72,7 @@ def test_confident_answers_are_no_ties():
     the images."""
     images = torch.tensor([255, 128]).repeat(200).to(torch.uint8).view(400, 1, 1, 1)
     weights = torch.tensor([[30.], [0.]])
-    logits, energy, gradient = ood.evaluate(Linear(weights), images, 'cpu')
+    logits, energy, gradient = ood.infer(Linear(weights), images, 'cpu')
     high, half = ood.all_scores(logits, energy, gradient)['max_prob'][:2]
     assert high == pytest.approx(np.exp(-30), rel=1e-2, abs=0) and half > high, (
         f'a doubt of {high:.3g} instead of {np.exp(-30):.3g}: float32 rounds it; use float64')

@@ -216,14 +216,14 @@ def given_up(folder, capsys, *flags):
 
 
 def test_guard_gives_up_with_advice(glyphs, tmp_path, capsys):
-    """A hopeless rate trips it MOST_TRIPS times and once more; curves and samples of the failure
+    """A hopeless rate trips it MOST_DROPS times and once more; curves and samples of the failure
     are left. The message has a line of its own, and the log does not repeat itself."""
     last, event = given_up(tmp_path, capsys, '--data', str(glyphs), *QUICK, '--lr', '1e30')
     assert '--lr' in last and 'last.pt' in last and 'not finite' in event
     assert event.count('not finite') == 1 and re.match(r'\S+: training diverged', last)
     assert (tmp_path / 'curves.png').exists() and (tmp_path / 'samples').exists()
     assert not (tmp_path / 'best.pt').exists()
-    assert state(tmp_path)['/run/history/drops'] == train.MOST_TRIPS
+    assert state(tmp_path)['/run/history/drops'] == train.MOST_DROPS
 
 
 def test_guard_sees_a_flipped_sign(glyphs, tmp_path, capsys, monkeypatch):
