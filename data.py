@@ -251,8 +251,9 @@ def load_folder(folder, image_size):
     if found and 'train' not in found:
         raise DataError(f'{min(found.values())}: no training split here; add one, or rename this')
     if not found or any(path.stem != part for part, path in found.items()):
+        classes = [at.name for at in entries if at.is_dir()]
         tell(', '.join(f'{path} is the {part} split' for part, path in found.items())
-             or f'{folder}: no splits, so folders are classes: {[at.name for at in entries[:4]]}')
+             or f'{folder}: no splits, so folders are classes: {classes[:4]}')
     ood = sorted(folder.glob(OOD_ARRAYS))
     if found:
         others = {*entries} - {*found.values(), *ood, folder / 'classes.txt'}
@@ -788,6 +789,8 @@ def main(argv=None):
     except (DataError, OSError) as error:
         print(f'data.py: {" ".join(str(error).split())}', file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     print(args.out / 'data.png')
 
 

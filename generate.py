@@ -81,6 +81,8 @@ def guided(model, y, args):
     """Energy for `draw`: E(x) if y is None, else E(x, y) - (w - 1) log softmax f(x)[y] for labels
     y (N,) and w = --guidance, classifier guidance (Dhariwal and Nichol 2021): w > 1 asks for
     clearer members of the class, w = 0 for an image of any class."""
+    if y is None and args.guidance != 1:
+        fail('--guidance: chains follow E(x) here; name --classes of a JEM, or leave it out')
     def energy(x, i):
         logits = model.get_logits(x)  # (B, K)
         if y is None:
@@ -406,15 +408,15 @@ def evaluate(model, checkpoint, args):
 
 
 def load_judge(checkpoint, args):
-    """The classifier at --judge: of another run, on the same data, split in the same way."""
+    """The classifier at --judge, without p(x), on the same data, split in the same way."""
     flags = checkpoint['args']
     if not args.judge:
         fail('--mode evaluate: needs --judge judge/best.pt, a classifier of python train.py --data '
              f'{flags["data"]} --seed {flags["seed"]} --px-weight 0 --width 48 --out judge')
     judge, facts = load_model(args.judge, args.device, args.precision)
     same_data = facts['data'] == checkpoint['data'] and facts['args']['seed'] == flags['seed']
-    if facts['args'] == flags or not facts['class_names'] or not same_data:
-        fail(f'--judge {args.judge}: name an independent classifier of the same --data and --seed')
+    if facts['args']['px_weight'] or not same_data:
+        fail(f'--judge {args.judge}: name a --px-weight 0 classifier of the same --data and --seed')
     return judge
 
 
@@ -492,8 +494,7 @@ def parse_args(argv=None):
     flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
-    flag('--count', type=count, help='samples of each class, completions, or rows in chain and '
-         'interpolate; default: 8, or 1 row for each of --classes')
+    flag('--count', type=count, help='samples a class, fillings or rows; default: 8, or 1 row each')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
     flag('--steps', type=count, help='default: 24 to 256, see MODES and chain_settings')
@@ -507,8 +508,7 @@ def parse_args(argv=None):
     flag('--data', help='where the data of the checkpoint are now')
     flag('--data-root', type=Path, help='where downloads and letterpress are now')
     flag('--iterations', type=count, default=60, help='reconstruct: steps of Adam')
-    flag('--mask', default='left', help=f'inpaint: {", ".join(MASKS)}, or an image file that is '
-         'white where pixels are missing')
+    flag('--mask', default='left', help=f'inpaint: {", ".join(MASKS)}, or an image, white = holes')
     flag('--strengths', type=positive, nargs='+', default=[.2, .4, .8], help='denoise: noise added')
     flag('--data-weight', type=weight, default=.0003, help='denoise: pull to the noisy image')
     flag('--ckpt2', type=Path, help='compose: checkpoint of the second expert')

@@ -22,7 +22,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.nn.utils import clip_grad_norm_
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
@@ -90,6 +89,8 @@ def parse_args(argv=None):
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.resume = checkpoint  # instead of True
+        if args.epochs < checkpoint['epoch']:
+            parser.error(f'--epochs {args.epochs}: this run has {checkpoint["epoch"]}; name more')
         for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
             parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
@@ -234,10 +235,9 @@ def train(args, data, old_run=()):
                 optimizer.zero_grad()
                 loss.backward()
                 average([weight.grad for weight in weights])  # over the ranks
-                grad_norm = clip_grad_norm_(weights, CLIP_NORM)
+                grad_norm = torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)
                 optimizer.step()
                 get_ema_multi_avg_fn(EMA)(averages, weights, None)  # a <- EMA a + (1 - EMA) w
-
                 numbers |= {'loss': loss, 'grad_norm': grad_norm}
                 measured.append(torch.stack(list(numbers.values())).detach())  # (L,)
                 average(measured[-1:])

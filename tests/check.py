@@ -141,7 +141,7 @@ def main(argv=None):
             parser.error(f'{folder}: no such folder; name a project')
     pool = ThreadPoolExecutor(args.jobs)
     try:
-        with open(args.out, 'w', newline='', encoding='utf-8') as file:
+        with open(args.out, 'x', newline='', encoding='utf-8') as file:
             report(args, pool, file)
     except OSError as error:
         parser.error(f'--out {args.out}: cannot be written ({error.strerror}); name another file')

@@ -167,27 +167,32 @@ def experiment(name, folder, judge, train):
     return row
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--out', type=Path, required=True, help='folder of copies and table; '
                         'another one for each --data, --epochs and --seed')
     parser.add_argument('--only', default='', help='names that contain this text')
-    parser.add_argument('--seed', default='0', help='of all runs')
+    parser.add_argument('--seed', type=int, default=0, help='of all runs')
     parser.add_argument('--data', default='digits', help='name or whole path of a data set')
     parser.add_argument('--data-root', type=os.path.abspath, default='.data', help='of train.py')
-    parser.add_argument('--epochs', default='15', help='of each run')
-    args = parser.parse_args()
+    parser.add_argument('--epochs', type=int, default=15, help='of each run')
+    args = parser.parse_args(argv)
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'
     train = ['train.py', '--data', args.data, '--data-root', args.data_root,
-             '--epochs', args.epochs, '--seed', args.seed, '--device', 'cpu',
+             '--epochs', str(args.epochs), '--seed', str(args.seed), '--device', 'cpu',
              '--chains-after', '0']
-    if not (judge / 'done').exists():
+    if not any(args.only in name for name in EXPERIMENTS):
+        parser.error(f'--only {args.only}: no such name; choose from {", ".join(EXPERIMENTS)}')
+    done = judge / 'done'  # holds the settings of this folder
+    if done.exists() and done.read_text() != ' '.join(train):
+        parser.error(f'--out {args.out}: holds other runs, {done.read_text()}; name another folder')
+    if not done.exists():
         copy(judge, [])
         if not run(judge, *train, *JUDGE):
             sys.exit(f'no judge: see {judge}/output.txt')
-        (judge / 'done').touch()
+        done.write_text(' '.join(train))
     rows = list(csv.DictReader(table.open())) if table.exists() else []
     known = {row['experiment'].removesuffix(' (stopped)') for row in rows}
     for number, name in enumerate(EXPERIMENTS):

@@ -10,6 +10,7 @@ of seed 0. AUPR depends on the ratio of the two sets, which is that of the test 
 ten images of MNIST is OOD.
 """
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from data import SPLITS, DataError, load_data  # noqa: E402
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--data', default='mnist', help='name or path of the data set')
     parser.add_argument('--data-root', default='.data', help='folder of downloads')
@@ -36,7 +37,10 @@ def main(argv=None):
     if args.leave not in data.class_names:
         parser.error(f'--leave {args.leave}: choose one of {" ".join(data.class_names)}')
     left = data.class_names.index(args.leave)
-    args.out.mkdir(parents=True)
+    try:
+        args.out.mkdir(parents=True)
+    except OSError as error:
+        parser.error(f'--out {args.out}: cannot be made ({error.strerror}); name another folder')
     for part in SPLITS:
         split = getattr(data, part)
         images = split.images.movedim(1, 3).squeeze(3).numpy()  # (N, H, W), or (N, H, W, 3)
@@ -48,7 +52,7 @@ def main(argv=None):
     np.save(args.out / 'ood_left.npy', images[~keep])  # of the test split, the last one
     names = [name for name in data.class_names if name != args.leave]
     (args.out / 'classes.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
-    print(f'python train.py --data {args.out} --image-size {images.shape[1]} --epochs 2')
+    print(f'python train.py --data {shlex.quote(str(args.out))} --image-size {images.shape[1]} --epochs 2')
 
 
 if __name__ == '__main__':

@@ -729,8 +729,8 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
 
 
 def test_judge_is_independent_and_of_the_same_data(trained, tmp_path, refusal):
-    """The checkpoint itself, the last one of its run, a plain EBM and classifiers of other data or
-    of another split are no judges."""
+    """Models with p(x), such as the checkpoint itself, and classifiers of other data or of another
+    split are no judges."""
     def judged_by(path):
         return refusal('evaluate', '--ckpt', trained / 'best.pt', '--judge', path,
                        '--out', tmp_path / 'o')
@@ -742,10 +742,10 @@ def test_judge_is_independent_and_of_the_same_data(trained, tmp_path, refusal):
         return tmp_path / 'judge.pt'
 
     known = load_model(trained / 'best.pt')[1]['data']
-    for path in (trained / 'best.pt', trained / 'last.pt', changed(class_names=[])):
-        assert f'--judge {path}: name an independent classifier' in judged_by(path)
+    for path in (trained / 'best.pt', trained / 'last.pt'):
+        assert f'--judge {path}: name a --px-weight 0 classifier' in judged_by(path)
     for changes in ({'seed': 1}, {'data': {**known, 'class_names': ['a', 'b', 'c']}}):
-        assert 'the same --data and --seed' in judged_by(changed(**changes))
+        assert 'of the same --data and --seed' in judged_by(changed(**changes))
     line = refusal('evaluate', '--ckpt', trained / 'best.pt', '--out', tmp_path / 'o')
     assert 'python train.py' in line and '--seed 0 --px-weight 0' in line and '--judge' in line
     assert not (tmp_path / 'o').exists()

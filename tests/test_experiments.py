@@ -6,7 +6,7 @@ import torch
 
 from conftest import QUICK
 from data import load_data
-from experiments import ENERGY, EXPERIMENTS, HINGE, PERCEPTRON, ROOT, replaced
+from experiments import ENERGY, EXPERIMENTS, HINGE, PERCEPTRON, ROOT, main, replaced
 
 PAGE = (ROOT / '.github' / 'EXPERIMENTS.md').read_text()
 
@@ -36,6 +36,14 @@ def test_changes_fit_the_code(name):
     changes = EXPERIMENTS[name][1]
     for file in {file for file, _, _ in changes}:
         compile(changed(changes, file), file, 'exec')
+
+
+def test_mistakes_are_told(refused, tmp_path):
+    """A name that no experiment has, and a folder that holds runs with other settings."""
+    assert '--only nosuch' in refused(main, '--out', tmp_path, '--only', 'nosuch')
+    (tmp_path / 'judge').mkdir()
+    (tmp_path / 'judge/done').write_text('train.py --data digits --seed 1')
+    assert '--seed 1' in refused(main, '--out', tmp_path, '--only', 'K = 1')
 
 
 @pytest.mark.parametrize('changes', [[ENERGY], [PERCEPTRON], [HINGE],

@@ -114,10 +114,12 @@ train --data LETTERS --out LETTERS/new/run --batch-size 8      | --out ... LETTE
 train --data GLYPHS/val.npy                                    | --data GLYPHS/val.npy
 train --data letterpress --data-root note.txt                  | note.txt ... cannot be written
 train --data FEWER --out run --resume --epochs 3               | --data ... FEWER
+train --out run --resume --epochs 1                            | --epochs 1: this run has 2
 generate                                                       | --ckpt
 generate --ckpt ebm.pt --classes stand                         | --classes ... EBM
 generate --ckpt ebm.pt --mode evaluate --judge run/best.pt     | --mode evaluate
 generate --ckpt run/best.pt --mode evaluate                    | --judge
+generate --ckpt run/best.pt --mode inpaint --start own/denoise.npy --guidance 2 | --guidance
 generate --ckpt run/best.pt --mode denoise --start nowhere     | nowhere
 generate --ckpt run/best.pt --mode denoise --start note.txt    | note.txt
 generate --ckpt run/best.pt --mode denoise --start own/denoise.npy --out own | --start own/

@@ -283,3 +283,6 @@ def test_mistakes_of_the_lecturer_are_told(toy, refused):
     assert 'elsewhere' in refused(check.main, folder, '--reference', 'elsewhere')
     assert '--jobs' in refused(check.main, folder, '--jobs', 0)
     assert '--out' in refused(check.main, folder, '--out', 'no/such/folder.csv')
+    Path('old.csv').write_text('precious')
+    assert 'old.csv' in refused(check.main, folder, '--out', 'old.csv')
+    assert Path('old.csv').read_text() == 'precious'

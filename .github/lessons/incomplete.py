@@ -21,14 +21,15 @@ import sys
 from functools import partial
 
 import torch
+from torch.nn.utils import clip_grad_norm_
 from tqdm import trange
 
 sys.path.append(os.getcwd())  # the six files; run from their folder
-from data import DataError, load_data, save_grid  # noqa: E402
+from data import DataError, check_apart, load_data, save_grid  # noqa: E402
 from generate import psnr  # noqa: E402
 from model import CommandLine, EnergyModel, number, user_mistakes  # noqa: E402
 from sampler import Reservoir, chain_settings, prior, sgld, temperature  # noqa: E402
-from train import l2_step, matching_step, px_step, pyx_step, ways_to_noise  # noqa: E402
+from train import CLIP_NORM, l2_step, matching_step, px_step, pyx_step, ways_to_noise  # noqa: E402
 
 
 def hidden_pixels(mask, shape):
@@ -71,6 +72,7 @@ def learn(x, y, model, sampler, updates):
         optimizer.param_groups[0]['lr'] = 4e-3 * min(step / 200, .5, 1 - step / (updates + 1))
         optimizer.zero_grad()
         loss.backward()
+        clip_grad_norm_(model.parameters(), CLIP_NORM)
         optimizer.step()
         bar.set_postfix(loss=loss.item(), refresh=False)
         if step in (updates // 3, updates * 2 // 3, updates):
@@ -88,6 +90,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
     with user_mistakes(DataError):
+        check_apart(args.out, args.data)
         data = load_data(args.data, data_root=args.data_root, seed=args.seed)
     original, y = data.train.to(args.device).batch(torch.randperm(len(data.train)))
     hidden = hidden_pixels(args.mask, original.shape).to(args.device)  # (N, C, H, W)
