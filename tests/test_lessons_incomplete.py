@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from conftest import load_lesson
-from data import Data, Split
+from data import Data, DataError, Split
 from model import EnergyModel
 
 
@@ -95,5 +95,6 @@ def test_masks(lesson):
 
 
 def test_mistakes(lesson, refused):
-    assert '--data nowhere' in refused(lesson.main, '--data', 'nowhere')
+    with pytest.raises(DataError, match='--data nowhere'):
+        lesson.main(['--data', 'nowhere'])
     assert '--mask' in refused(lesson.main, '--mask', 'right')

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.append(os.getcwd())  # the six files; run from their folder
 from data import save_grid  # noqa: E402
-from model import swish_cnn  # noqa: E402
+from model import swish_cnn, user_mistakes  # noqa: E402
 from sampler import prior, sgld  # noqa: E402
 
 
@@ -108,4 +108,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with user_mistakes():
+        main()

@@ -37,7 +37,8 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 sys.path.append(os.getcwd())  # the six files; run from their folder
-from data import load_data, save_figure, to_float  # noqa: E402
+from data import DataError, load_data, save_figure, to_float  # noqa: E402
+from model import user_mistakes  # noqa: E402
 from sampler import hmc, sgld  # noqa: E402
 
 S0, S = .1, 5.  # standard deviations of the noise: of the images, and where the path starts
@@ -249,4 +250,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with user_mistakes(DataError):
+        main()

@@ -89,9 +89,8 @@ def main(argv=None):
     parser.add_argument('--out', default='.', help='folder to write into')
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)
-    with user_mistakes(DataError):
-        check_apart(args.out, args.data)
-        data = load_data(args.data, data_root=args.data_root, seed=args.seed)
+    check_apart(args.out, args.data)
+    data = load_data(args.data, data_root=args.data_root, seed=args.seed)
     original, y = data.train.to(args.device).batch(torch.randperm(len(data.train)))
     hidden = hidden_pixels(args.mask, original.shape).to(args.device)  # (N, C, H, W)
     seen = original.masked_fill(hidden, torch.nan)  # training gets no more than this
@@ -115,4 +114,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with user_mistakes(DataError):
+        main()

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 sys.path.append(os.getcwd())  # the six files; run from their folder
 from data import save_figure  # noqa: E402
-from model import EnergyModel  # noqa: E402
+from model import EnergyModel, user_mistakes  # noqa: E402
 from sampler import Reservoir, hmc, prior, sgld  # noqa: E402
 from train import px_step  # noqa: E402
 
@@ -149,11 +149,11 @@ def draw_row(axes, name, points, model, chains, log_p, generator):
     for ax, x in zip(axes, [draw_data(points, 2000, generator), chains[:2000]]):
         ax.scatter(*x.flatten(1).T, s=1)
     for ax, log in zip(axes[2:], [log_density(GRID, points), log_p]):
-        ax.imshow(log.exp().view(200, 200).T, vmin=0, vmax=log_p.exp().max(), **box)
+        ax.imshow(log.exp().view(200, 200).T.numpy(), vmin=0, vmax=log_p.exp().max(), **box)
     x = GRID.view(200, 200, 1, 1, 2)[5::10, 5::10].flatten(0, 1).requires_grad_()  # (400, 1, 1, 2)
     field, = torch.autograd.grad(-model.energy(x).sum(), x)  # (400, 1, 1, 2)
     field = field / field.norm(dim=3, keepdim=True).clamp_min(1e-6).sqrt()  # to see short ones
-    axes[4].imshow(-log_p.view(200, 200).T, cmap='Greys_r', **box)
+    axes[4].imshow(-log_p.view(200, 200).T.numpy(), cmap='Greys_r', **box)
     axes[4].quiver(*x.detach().flatten(1).T, *field.flatten(1).T, color='tab:red')
     for ax in axes:
         ax.set(xlim=(-1, 1), ylim=(-1, 1), aspect='equal', xticks=[], yticks=[])
@@ -183,4 +183,5 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    with user_mistakes():
+        main()
