@@ -154,7 +154,7 @@ def draw_row(axes, name, points, model, chains, log_p, generator):
     field, = torch.autograd.grad(-model.energy(x).sum(), x)  # (400, 1, 1, 2)
     field = field / field.norm(dim=3, keepdim=True).clamp_min(1e-6).sqrt()  # to see short ones
     axes[4].imshow(-log_p.view(200, 200).T.numpy(), cmap='Greys_r', **box)
-    axes[4].quiver(*x.detach().flatten(1).T, *field.flatten(1).T, color='tab:red')
+    axes[4].quiver(*x.detach().flatten(1).T.numpy(), *field.flatten(1).T.numpy(), color='tab:red')
     for ax in axes:
         ax.set(xlim=(-1, 1), ylim=(-1, 1), aspect='equal', xticks=[], yticks=[])
 
