@@ -27,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import sklearn.metrics  # noqa: F401, so that not every process has to import it
 import torch
 from PIL import Image
 from tqdm import tqdm
@@ -44,6 +43,8 @@ DIGITS = ['--data', 'digits', '--device', 'cpu', '--precision', 'fp32', '--width
           '--batch-size', '64', '--sgld-steps', '4', '--reservoir', '512', '--picture-every', '4',
           '--epochs', str(EPOCHS)]
 LOGS = ['log.csv', 'updates.csv']
+LATE = ['matplotlib.figure', 'torch._dynamo', 'torchvision.transforms.v2', 'torchvision.utils',
+        'sklearn.metrics']  # what a training imports while it runs, seconds for each process
 
 
 # --- processes ------------------------------------------------------------------------------------
@@ -59,12 +60,16 @@ def nothing():
     pass
 
 
+def set_environment(values):
+    os.environ.update(values)
+
+
 def start(main, argv, log, prepare=nothing):
     """A process that calls prepare() and main(argv) and writes all messages to `log`. It is a fork
     of a server that has imported torch and computed nothing: where there is a GPU, a process that
     has used autograd cannot be forked. What it calls is pickled."""
     context = multiprocessing.get_context('forkserver')
-    context.set_forkserver_preload(['train', 'sklearn.metrics'])
+    context.set_forkserver_preload(['faults', *LATE])
     process = context.Process(target=run, args=(main, argv, log, prepare))
     process.start()
     return process

@@ -18,11 +18,7 @@ from conftest import QUICK
 from test_runs import assert_same, state
 
 pytest.importorskip('resource', reason='Linux and macOS')
-from faults import start  # noqa: E402
-
-
-def set_environment(values):
-    os.environ.update(values)
+from faults import set_environment, start  # noqa: E402
 
 
 def train_in_two(logs, *flags):

@@ -208,7 +208,7 @@ def draw(states, levels, down, up, log_p, path):
     rows = [f'{steps:,} steps' for steps in LENGTHS] + ['AIS, from noise']
     grid = pad(states.unflatten(2, (16, 16)), (0, 2, 0, 2), value=1.)  # (R, 12, 18, 18)
     grid = grid.transpose(1, 2).flatten(2).flatten(0, 1)  # (18 R, 18 * 12)
-    axes['i'].imshow(grid, cmap='gray', vmin=-1, vmax=1)
+    axes['i'].imshow(grid.numpy(), cmap='gray', vmin=-1, vmax=1)
     axes['i'].set_yticks([18 * i + 8 for i in range(len(rows))], rows)
     axes['i'].set(xticks=[], title='chains at T = 1 from unseen images, '
                                    'and last states of AIS (all denoised)')
