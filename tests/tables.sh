@@ -45,15 +45,17 @@ for seed in 0 1 2; do
     run letterpress-$seed letterpress $seed $judge --epochs 3
     run letterpress-full-$seed letterpress $seed $judge --epochs 3 --chains-after 0
     run letterpress-matching-$seed letterpress $seed $judge --epochs 3 --contrast 0
+    run letterpress-chains-$seed letterpress $seed $judge --epochs 3 --matching 0
 done
-run letterpress-chains letterpress 1 judge-letterpress-1 --epochs 3 --matching 0
 run letterpress-tutorial letterpress 1 judge-letterpress-1 --epochs 1 --matching 0 \
     --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 --prior uniform \
     --no-conditional --no-guard --sgld-steps 60 --lr 1e-4 --pyx-weight 1 --reservoir 8192
 for epochs in 10 30 60; do
     run letterpress-$epochs letterpress 0 judge-letterpress-0 --epochs $epochs --chains-after 0
 done
-run letterpress-late-60 letterpress 0 judge-letterpress-0 --epochs 60
+for seed in 0 1; do
+    run letterpress-late-60-$seed letterpress $seed judge-letterpress-$seed --epochs 60
+done
 for seed in 0 1 2; do
     judge=judge-digits-$seed
     classifier $judge digits $seed 60 48
@@ -92,6 +94,9 @@ if [ -n "${GLYPHS:-}" ]; then
     run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0
     run glyphs-time "$GLYPHS" 0 judge-glyphs-0 --epochs 8 --contrast 0
     run glyphs-late-10 "$GLYPHS" 0 judge-glyphs-0 --epochs 10
+    run glyphs-chains "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --matching 0
+    run glyphs-late-60-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 60
+    run glyphs-late-60-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 60
     for epochs in 10 30 60; do
         run glyphs-$epochs "$GLYPHS" 0 judge-glyphs-0 --epochs $epochs --chains-after 0
     done
