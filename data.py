@@ -724,7 +724,7 @@ def save_figure(figure, path):
 
 def shortened(text, length):
     """The last characters of a text, at most `length`: the end of a path says most."""
-    return str(text) if len(str(text)) <= length else f'…{str(text)[1 - length:]}'
+    return text if len(text) <= length else f'…{text[1 - length:]}'
 
 
 def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
@@ -738,7 +738,7 @@ def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
     x = F.pad(x.cpu(), (0, 2, 0, gap), value=1.)  # (N, C, H + gap, W + 2), white
     height, width = x.shape[2:]  # of a cell, with the gaps
     grid = make_grid(to_uint8(x), columns, padding=0, pad_value=255)  # (3, R * height, C' * width)
-    heads, captions = [[shortened(text, zoom * width // 5) for text in texts]  # 5 pixels a letter
+    heads, captions = [[shortened(str(text), zoom * width // 5) for text in texts]  # 5 a letter
                        for texts in (heads, captions)]
     size = zoom * grid.shape[2] / 100, zoom * grid.shape[1] / 100  # in inches
     # A $ in a class name is no formula. Matplotlib draws at most 65,535 pixels in a row.

@@ -415,7 +415,7 @@ def load_judge(checkpoint, args):
              f'{flags["data"]} --seed {flags["seed"]} --px-weight 0 --width 48 --out judge')
     judge, facts = load_model(args.judge, args.device, args.precision)
     same_data = facts['data'] == checkpoint['data'] and facts['args']['seed'] == flags['seed']
-    if facts['args']['px_weight'] or not same_data:
+    if facts['args']['px_weight'] or not facts['class_names'] or not same_data:
         fail(f'--judge {args.judge}: name a --px-weight 0 classifier of the same --data and --seed')
     return judge
 

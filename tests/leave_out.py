@@ -52,7 +52,8 @@ def main(argv=None):
     np.save(args.out / 'ood_left.npy', images[~keep])  # of the test split, the last one
     names = [name for name in data.class_names if name != args.leave]
     (args.out / 'classes.txt').write_text('\n'.join(names) + '\n', encoding='utf-8')
-    print(f'python train.py --data {shlex.quote(str(args.out))} --image-size {images.shape[1]} --epochs 2')
+    folder = shlex.quote(str(args.out))
+    print(f'python train.py --data {folder} --image-size {images.shape[1]} --epochs 2')
 
 
 if __name__ == '__main__':

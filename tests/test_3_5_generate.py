@@ -729,8 +729,8 @@ def test_evaluation_of_real_images_reaches_what_real_images_reach(trained, glyph
 
 
 def test_judge_is_independent_and_of_the_same_data(trained, tmp_path, refusal):
-    """Models with p(x), such as the checkpoint itself, and classifiers of other data or of another
-    split are no judges."""
+    """Models with p(x), such as the checkpoint itself, models without classes, and classifiers of
+    other data or of another split are no judges."""
     def judged_by(path):
         return refusal('evaluate', '--ckpt', trained / 'best.pt', '--judge', path,
                        '--out', tmp_path / 'o')
@@ -742,7 +742,7 @@ def test_judge_is_independent_and_of_the_same_data(trained, tmp_path, refusal):
         return tmp_path / 'judge.pt'
 
     known = load_model(trained / 'best.pt')[1]['data']
-    for path in (trained / 'best.pt', trained / 'last.pt'):
+    for path in (trained / 'best.pt', trained / 'last.pt', changed(class_names=[])):
         assert f'--judge {path}: name a --px-weight 0 classifier' in judged_by(path)
     for changes in ({'seed': 1}, {'data': {**known, 'class_names': ['a', 'b', 'c']}}):
         assert 'of the same --data and --seed' in judged_by(changed(**changes))

@@ -78,7 +78,7 @@ def test_shares_of_a_batch_add_up(glyphs, tmp_path):
     for key, weight in one['model'].items():
         torch.testing.assert_close(weight, two['model'][key], rtol=1e-3, atol=1e-5)
     for alone, shared in zip(one['history']['epochs'], two['history']['epochs'], strict=True):
-        for key in ('loss_pyx', 'val_accuracy', 'grad_norm', 'val_auroc'):
+        for key in ('loss_pyx', 'val_accuracy', 'grad_norm', 'energy_noise', 'val_auroc'):
             assert alone[key] == pytest.approx(shared[key], rel=1e-3, abs=1e-5), key
 
 
