@@ -4,9 +4,11 @@
     python tests/experiments.py --out runs/experiments --only TEXT     those named like TEXT
     python tests/experiments.py --out runs/seed1 --seed 1          with another seed
     python tests/experiments.py --out runs/few --data letterpress --epochs 2 --only 'a class'
+    python tests/experiments.py --out runs --draw runs/experiments runs/seed1 runs/few
 
 Each experiment is a copy of the project in --out, changed by a few lines at most, and trained with
-its flags. A row of the table is what it came to; rows that --out already has are not run again."""
+its flags. A row of the table is what it came to; rows that --out already has are not run again.
+--draw runs nothing: labels.png and losses.png show experiments 12 and 11 in these folders."""
 import argparse
 import csv
 import os
@@ -17,7 +19,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))
+from data import load_data, save_figure  # noqa: E402
+from model import load_model  # noqa: E402
+
 JUDGE = ['--px-weight', '0', '--width', '48']
 PLAIN = ('--matching 0 --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 '
          '--prior uniform --no-conditional --no-guard')
@@ -167,6 +177,58 @@ def experiment(name, folder, judge, train):
     return row
 
 
+def few_label_scores(folders):
+    """{data set: {kind of run: {labels a class: test accuracies of the folders}}}"""
+    scores = {}
+    for folder in folders:
+        data = (folder / 'judge/done').read_text().split()[2]
+        for row in csv.DictReader((folder / 'experiments.csv').open()):
+            if found := re.fullmatch(r'(\d+) a class, (.*)', row['experiment']):
+                kind = scores.setdefault(data, {}).setdefault(found[2], {})
+                kind.setdefault(int(found[1]), []).append(float(row['test']))
+    return scores
+
+
+def draw_labels(scores, path):
+    """Accuracy against labels a class, mean and range over the seeds, a panel for a data set."""
+    figure = Figure(figsize=(4 * len(scores), 3.2), layout='constrained')
+    for ax, (data, kinds) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
+        for kind, runs in kinds.items():
+            labels, values = zip(*sorted(runs.items()))
+            mean = [sum(some) / len(some) for some in values]
+            low, high = [min(some) for some in values], [max(some) for some in values]
+            spread = [np.subtract(mean, low), np.subtract(high, mean)]
+            ax.errorbar(labels, mean, spread, capsize=3, marker='o', label=kind)
+        ticks = sorted({labels for runs in kinds.values() for labels in runs})
+        ax.set(xscale='log', xticks=ticks, xticklabels=ticks, title=data, ylim=(0, 1),
+               xlabel='labels a class', ylabel='test accuracy')
+        ax.minorticks_off()
+    ax.legend()
+    save_figure(figure, path)
+
+
+def right_and_wrong(logits, y):
+    """E(x, y) of the right and of the most offending wrong answer: (N, K), (N,) -> two of (N,)."""
+    wrong = logits.scatter(1, y[:, None], -torch.inf)  # (N, K)
+    return -logits.gather(1, y[:, None]).squeeze(1), -wrong.amax(1)
+
+
+def draw_losses(folder, path):
+    """What each loss does alone: E(x, y) of the right and of the most offending wrong answer."""
+    names = [name for name in EXPERIMENTS if name.endswith(' alone')]
+    figure = Figure(figsize=(3.2 * len(names), 2.8), layout='constrained')
+    for ax, name in zip(figure.subplots(1, len(names)), names):
+        model, checkpoint = load_model(folder / f'{list(EXPERIMENTS).index(name):02d}/last.pt')
+        args = checkpoint['args']
+        data = load_data(args['data'], seed=args['seed'], data_root=args['data_root'])
+        x, y = data.test.batch(slice(None))  # (N, C, H, W), (N,)
+        right, wrong = right_and_wrong(model.get_logits(x), y)  # (N,) each
+        ax.hist([right.tolist(), wrong.tolist()], 30, label=['right answer', 'best wrong one'])
+        ax.set(title=name, xlabel='E(x, y)', yticks=[])
+    ax.legend()
+    save_figure(figure, path)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,7 +239,12 @@ def main(argv=None):
     parser.add_argument('--data', default='digits', help='name or whole path of a data set')
     parser.add_argument('--data-root', type=os.path.abspath, default='.data', help='of train.py')
     parser.add_argument('--epochs', type=int, default=15, help='of each run')
+    parser.add_argument('--draw', type=Path, nargs='+', help='folders of runs, to draw and not run')
     args = parser.parse_args(argv)
+    if args.draw:
+        draw_labels(few_label_scores(args.draw), args.out / 'labels.png')
+        draw_losses(args.draw[0], args.out / 'losses.png')
+        return
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'
     train = ['train.py', '--data', args.data, '--data-root', args.data_root,

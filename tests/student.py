@@ -146,9 +146,9 @@ def write_exercise(out, tasks, project=PROJECT):
         files[Path(file)] = text.encode()
         all_removed += removed
     readme = without_quotes(files[Path('README.md')].decode(), all_removed)
-    # The page for lecturers and the lessons, which train models, stay with them: their links become
+    # Pages for lecturers, results and lessons, which train models, stay with them: links become
     # plain text.
-    readme = re.sub(r'\[([^\]]*)\]\(\.github/(?:TEACHING|lessons)[^)]*\)', r'\1', readme)
+    readme = re.sub(r'\[([^\]]*)\]\(\.github/(?:TEACHING|RESULTS|lessons)[^)]*\)', r'\1', readme)
     title, rest = readme.split('\n', 1)
     todo = '\n'.join(f'| {task} | `{TASKS[task][0]}` | {", ".join(TASKS[task][1])} | '
                      f'`python -m pytest -m task{task.replace(".", "")}` |' for task in tasks)

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the tables of README, in runs/tables: some hours on one core.
+# The runs behind the tables of README and RESULTS, in runs/tables: some hours on one core.
 #
 #     bash tests/tables.sh                  without the course's data
 #     GLYPHS=path/GLYPHS bash tests/tables.sh
@@ -45,6 +45,7 @@ for seed in 0 1 2; do
     run letterpress-$seed letterpress $seed $judge --epochs 3
     run letterpress-full-$seed letterpress $seed $judge --epochs 3 --chains-after 0
     run letterpress-matching-$seed letterpress $seed $judge --epochs 3 --contrast 0
+    run letterpress-time-$seed letterpress $seed $judge --epochs 6 --contrast 0
     run letterpress-chains-$seed letterpress $seed $judge --epochs 3 --matching 0
 done
 run letterpress-tutorial letterpress 1 judge-letterpress-1 --epochs 1 --matching 0 \
@@ -64,6 +65,7 @@ for seed in 0 1 2; do
     run digits-full-$seed digits $seed $judge --epochs 60 --chains-after 0
     run digits-start-$seed digits $seed $judge --epochs 20
     run digits-matching-$seed digits $seed $judge --epochs 60 --contrast 0
+    run digits-time-$seed digits $seed $judge --epochs 120 --contrast 0
     run digits-chains-$seed digits $seed $judge --epochs 60 --matching 0
 done
 for seed in 0 1 2; do
@@ -89,12 +91,12 @@ if [ -n "${GLYPHS:-}" ]; then
         classifier plain-glyphs-$seed "$GLYPHS" $seed 3 32
         run glyphs-$seed "$GLYPHS" $seed $judge --epochs 3
         run glyphs-matching-$seed "$GLYPHS" $seed $judge --epochs 3 --contrast 0
+        run glyphs-time-$seed "$GLYPHS" $seed $judge --epochs 6 --contrast 0
+        run glyphs-chains-$seed "$GLYPHS" $seed $judge --epochs 3 --matching 0
     done
     run glyphs-full-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --chains-after 0
     run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0
-    run glyphs-time "$GLYPHS" 0 judge-glyphs-0 --epochs 8 --contrast 0
     run glyphs-late-10 "$GLYPHS" 0 judge-glyphs-0 --epochs 10
-    run glyphs-chains "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --matching 0
     run glyphs-late-60-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 60
     run glyphs-late-60-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 60
     for epochs in 10 30 60; do

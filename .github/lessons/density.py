@@ -131,8 +131,8 @@ def anneal(energy, x, levels, move):
 
 
 def log_kernels(x, centres, variance, axes):
-    """Parzen windows: log density of x (N, 256), the mean of Gaussians at the centres (M, 256), each
-    with this covariance plus that of the noise."""
+    """Parzen windows: log density of x (N, 256), the mean of Gaussians at the centres (M, 256),
+    each with this covariance plus that of the noise."""
     deviation = variance.clamp_min(0).add(S0 ** 2).sqrt()  # (256,), along the axes (256, 256)
     square = torch.cdist(x @ axes / deviation, centres @ axes / deviation) ** 2  # (N, M)
     log_z = math.log(len(centres)) + 128 * math.log(2 * math.pi) + deviation.log().sum()
@@ -177,8 +177,8 @@ def evaluate(model, test, y, train, generator):
         tell(name, numbers)
 
     def move(u, s):
-        """A step of HMC in x, whose law is nowhere narrower than s. AIS weighs u: as u, q is N(0, I)
-        at all levels."""
+        """A step of HMC in x, whose law is nowhere narrower than s. AIS weighs u: as u, q is
+        N(0, I) at all levels."""
         x, _ = hmc(partial(model.energy, s=s), model.colour(u, s), 1, .1 * s ** 2, clamp=None,
                    generator=generator, leapfrog=5)
         return model.whiten(x, s)
