@@ -1,6 +1,6 @@
 """Change a line, predict, run, see: the experiments of .github/EXPERIMENTS.md.
 
-    python tests/experiments.py --out runs/experiments             all of them, about an hour
+    python tests/experiments.py --out runs/experiments             all of them, some hours
     python tests/experiments.py --out runs/experiments --only TEXT     those named like TEXT
     python tests/experiments.py --out runs/seed1 --seed 1          with another seed
     python tests/experiments.py --out runs/few --data letterpress --epochs 2 --only 'a class'
@@ -181,48 +181,57 @@ def few_label_scores(folders):
     """{data set: {kind of run: {labels a class: test accuracies of the folders}}}"""
     scores = {}
     for folder in folders:
-        data = (folder / 'judge/done').read_text().split()[2]
+        data, epochs = re.search(r'--data (.*) --data-root .* --epochs (\d+)',
+                                 (folder / 'judge/done').read_text()).groups()
         for row in csv.DictReader((folder / 'experiments.csv').open()):
-            if found := re.fullmatch(r'(\d+) a class, (.*)', row['experiment']):
-                kind = scores.setdefault(data, {}).setdefault(found[2], {})
-                kind.setdefault(int(found[1]), []).append(float(row['test']))
+            if found := re.fullmatch(r'(\d+) a class, (.*?)(?: \(stopped\))?', row['experiment']):
+                kinds = scores.setdefault(f'{Path(data).name}, --epochs {epochs}', {})
+                runs = kinds.setdefault(found[2], {})
+                runs.setdefault(int(found[1]), []).append(float(row['test']))
     return scores
 
 
 def draw_labels(scores, path):
     """Accuracy against labels a class, mean and range over the seeds, a panel for a data set."""
-    figure = Figure(figsize=(4 * len(scores), 3.2), layout='constrained')
+    figure = Figure(figsize=(4 * len(scores), 3.6), layout='constrained')
+    colours = {}  # the same one for a kind of run in all panels
     for ax, (data, kinds) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
         for kind, runs in kinds.items():
             labels, values = zip(*sorted(runs.items()))
-            mean = [sum(some) / len(some) for some in values]
-            low, high = [min(some) for some in values], [max(some) for some in values]
-            spread = [np.subtract(mean, low), np.subtract(high, mean)]
-            ax.errorbar(labels, mean, spread, capsize=3, marker='o', label=kind)
+            mean, low, high = np.array([(np.mean(v), min(v), max(v)) for v in values]).T
+            colours.setdefault(kind, ax.errorbar(
+                labels, mean, [mean - low, high - mean], capsize=3, marker='o',
+                color=f'C{list(colours).index(kind) if kind in colours else len(colours)}'))
         ticks = sorted({labels for runs in kinds.values() for labels in runs})
         ax.set(xscale='log', xticks=ticks, xticklabels=ticks, title=data, ylim=(0, 1),
                xlabel='labels a class', ylabel='test accuracy')
         ax.minorticks_off()
-    ax.legend()
+    figure.legend(colours.values(), [kind.replace('no p(x)', 'cross-entropy alone')
+                                     .replace('no contrast', '--contrast 0') for kind in colours],
+                  loc='outside lower center', ncols=len(colours))
     save_figure(figure, path)
 
 
-def right_and_wrong(logits, y):
+def right_and_wrong(model, logits, y):
     """E(x, y) of the right and of the most offending wrong answer: (N, K), (N,) -> two of (N,)."""
-    wrong = logits.scatter(1, y[:, None], -torch.inf)  # (N, K)
-    return -logits.gather(1, y[:, None]).squeeze(1), -wrong.amax(1)
+    wrong = logits.scatter(1, y[:, None], -torch.inf).argmax(1)  # (N,)
+    return model.energy_of_logits(logits, y), model.energy_of_logits(logits, wrong)
 
 
 def draw_losses(folder, path):
-    """What each loss does alone: E(x, y) of the right and of the most offending wrong answer."""
+    """What each loss does alone, in the last epoch: the energies of `right_and_wrong`."""
     names = [name for name in EXPERIMENTS if name.endswith(' alone')]
     figure = Figure(figsize=(3.2 * len(names), 2.8), layout='constrained')
     for ax, name in zip(figure.subplots(1, len(names)), names):
-        model, checkpoint = load_model(folder / f'{list(EXPERIMENTS).index(name):02d}/last.pt')
+        run = folder / f'{list(EXPERIMENTS).index(name):02d}'
+        for file, _, new in EXPERIMENTS[name][1]:
+            assert new in (run / file).read_text(), f'{run} is another experiment than {name}'
+        model, checkpoint = load_model(run / 'last.pt')
         args = checkpoint['args']
-        data = load_data(args['data'], seed=args['seed'], data_root=args['data_root'])
+        data = load_data(args['data'], seed=args['seed'], data_root=args['data_root'],
+                         like=checkpoint['data'])
         x, y = data.test.batch(slice(None))  # (N, C, H, W), (N,)
-        right, wrong = right_and_wrong(model.get_logits(x), y)  # (N,) each
+        right, wrong = right_and_wrong(model, model.get_logits(x), y)  # (N,) each
         ax.hist([right.tolist(), wrong.tolist()], 30, label=['right answer', 'best wrong one'])
         ax.set(title=name, xlabel='E(x, y)', yticks=[])
     ax.legend()
@@ -242,8 +251,11 @@ def main(argv=None):
     parser.add_argument('--draw', type=Path, nargs='+', help='folders of runs, to draw and not run')
     args = parser.parse_args(argv)
     if args.draw:
-        draw_labels(few_label_scores(args.draw), args.out / 'labels.png')
-        draw_losses(args.draw[0], args.out / 'losses.png')
+        if scores := few_label_scores(args.draw):
+            draw_labels(scores, args.out / 'labels.png')
+        for folder in args.draw:
+            if 'hinge loss alone' in (folder / 'experiments.csv').read_text():
+                draw_losses(folder, args.out / 'losses.png')
         return
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'

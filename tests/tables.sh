@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The runs behind the tables of README and RESULTS, in runs/tables: some hours on one core.
+# The runs behind the tables of README and RESULTS, in runs/tables: a day or two on one core.
 #
 #     bash tests/tables.sh                  without the course's data
 #     GLYPHS=path/GLYPHS bash tests/tables.sh
@@ -92,10 +92,10 @@ if [ -n "${GLYPHS:-}" ]; then
         run glyphs-$seed "$GLYPHS" $seed $judge --epochs 3
         run glyphs-matching-$seed "$GLYPHS" $seed $judge --epochs 3 --contrast 0
         run glyphs-time-$seed "$GLYPHS" $seed $judge --epochs 6 --contrast 0
-        run glyphs-chains-$seed "$GLYPHS" $seed $judge --epochs 3 --matching 0
     done
     run glyphs-full-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --chains-after 0
     run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0
+    run glyphs-chains-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --matching 0
     run glyphs-late-10 "$GLYPHS" 0 judge-glyphs-0 --epochs 10
     run glyphs-late-60-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 60
     run glyphs-late-60-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 60

@@ -8,6 +8,7 @@ from conftest import QUICK
 from data import load_data
 from experiments import (ENERGY, EXPERIMENTS, HINGE, PERCEPTRON, ROOT, draw_labels,
                          few_label_scores, main, replaced, right_and_wrong)
+from model import EnergyModel
 
 PAGE = (ROOT / '.github' / 'EXPERIMENTS.md').read_text()
 
@@ -107,18 +108,21 @@ def test_few_labels_are_all_labels_that_training_reads(kind, glyphs, tmp_path):
 def test_few_labels_are_drawn_by_data_set_and_kind(tmp_path):
     """Seeds of a data set share a panel; other experiments are left out."""
     for folder, data, rows in [('a', 'digits', ['default,.9', '"1 a class, E(x)",.5']),
-                               ('b', 'digits', ['"1 a class, E(x)",.7', '"5 a class, E(x)",.8']),
+                               ('b', 'digits', ['"1 a class, E(x)",.7',
+                                                '"5 a class, E(x) (stopped)",.8']),
                                ('c', 'mnist', ['"5 a class, no p(x)",.6'])]:
         (tmp_path / folder / 'judge').mkdir(parents=True)
-        (tmp_path / folder / 'judge/done').write_text(f'train.py --data {data} --epochs 1')
+        (tmp_path / folder / 'judge/done').write_text(
+            f'train.py --data in/{data} --data-root .data --epochs 1 --seed 0')
         (tmp_path / folder / 'experiments.csv').write_text('\n'.join(['experiment,test', *rows]))
     scores = few_label_scores([tmp_path / folder for folder in 'abc'])
-    assert scores == {'digits': {'E(x)': {1: [.5, .7], 5: [.8]}}, 'mnist': {'no p(x)': {5: [.6]}}}
+    assert scores == {'digits, --epochs 1': {'E(x)': {1: [.5, .7], 5: [.8]}},
+                      'mnist, --epochs 1': {'no p(x)': {5: [.6]}}}
     draw_labels(scores, tmp_path / 'labels.png')
     assert (tmp_path / 'labels.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_the_most_offending_answer_is_the_wrong_one_of_least_energy():
     logits = torch.tensor([[5., 2., -1.], [0., 1., 3.]])  # (2, 3)
-    right, wrong = right_and_wrong(logits, torch.tensor([0, 1]))
+    right, wrong = right_and_wrong(EnergyModel(3), logits, torch.tensor([0, 1]))
     assert right.tolist() == [-5, -1] and wrong.tolist() == [-2, -3]

@@ -12,7 +12,7 @@ energy of each. An image is where their sum is low, found by K = 4 steps from no
 Measured, seeds 0 to 2, 1,000 new images: PSNR 32.2, 31.2 and 33.5 dB, of the mean image 17. A part
 from another image moves one factor .96 to 1.00 of the way and the others .03 or less; a mixture of
 latents moves one by .34 to .88 and others by up to .40. This data set is easy: a disc and a ring
-that move in x and y stay mixed, as the loss does not know the factors (README of the lessons).
+that move in x and y stay mixed; a low loss is no evidence for the factors (see the README here).
 """
 import argparse
 import os
