@@ -122,7 +122,8 @@ def misplaced(x, log_p):
 
 
 def measure(model, points, generator):
-    """What the grid tells of a learned energy: log p (40000,), and a row of the table."""
+    """What the grid tells of a learned energy: log p (40000,), the states of `hmc` from anywhere,
+    and a row of the table."""
     test = draw_data(points, 10000, generator)
     log_z = (-model.energy(GRID)).logsumexp(0).item() + math.log(CELL)
     log_p = -model.energy(GRID) - log_z  # (40000,)
@@ -131,7 +132,7 @@ def measure(model, points, generator):
     hamilton, _ = hmc(model.energy, start, LENGTH // 5, STEP, generator=generator, leapfrog=5)
     exact = GRID[log_p.exp().multinomial(CHAINS, replacement=True, generator=generator)]
     betas = torch.linspace(0, 1, LAWS + 1).tolist()
-    return log_p, {
+    return log_p, hamilton, {
         'NLL': model.energy(test).mean().item() + log_z,
         'entropy': -log_density(test, points).mean().item(),
         'log Z': log_z,
@@ -142,19 +143,19 @@ def measure(model, points, generator):
         'of exact draws': misplaced(exact, log_p)}
 
 
-def draw_row(axes, name, points, model, chains, log_p, generator):
-    """Data, chains, the true and the learned density, and the field -dE/dx over the energy."""
+def draw_row(axes, name, points, model, chains, hamilton, log_p, generator):
+    """Data, chains of SGLD and HMC, both densities, and the field -dE/dx over the energy."""
     box = {'extent': (-1, 1, -1, 1), 'origin': 'lower'}
     axes[0].set_ylabel(name)
-    for ax, x in zip(axes, [draw_data(points, 2000, generator), chains[:2000]]):
+    for ax, x in zip(axes, [draw_data(points, 2000, generator), chains[:2000], hamilton]):
         ax.scatter(*x.flatten(1).T, s=1)
-    for ax, log in zip(axes[2:], [log_density(GRID, points), log_p]):
+    for ax, log in zip(axes[3:], [log_density(GRID, points), log_p]):
         ax.imshow(log.exp().view(200, 200).T.numpy(), vmin=0, vmax=log_p.exp().max(), **box)
     x = GRID.view(200, 200, 1, 1, 2)[5::10, 5::10].flatten(0, 1).requires_grad_()  # (400, 1, 1, 2)
     field, = torch.autograd.grad(-model.energy(x).sum(), x)  # (400, 1, 1, 2)
     field = field / field.norm(dim=3, keepdim=True).clamp_min(1e-6).sqrt()  # to see short ones
-    axes[4].imshow(-log_p.view(200, 200).T.numpy(), cmap='Greys_r', **box)
-    axes[4].quiver(*x.detach().flatten(1).T.numpy(), *field.flatten(1).T.numpy(), color='tab:red')
+    axes[5].imshow(-log_p.view(200, 200).T.numpy(), cmap='Greys_r', **box)
+    axes[5].quiver(*x.detach().flatten(1).T.numpy(), *field.flatten(1).T.numpy(), color='tab:red')
     for ax in axes:
         ax.set(xlim=(-1, 1), ylim=(-1, 1), aspect='equal', xticks=[], yticks=[])
 
@@ -166,19 +167,20 @@ def main(argv=None):
     parser.add_argument('--seed', type=int, default=0, help='random seed')
     parser.add_argument('--updates', type=int, default=1500, help='updates for each set')
     args = parser.parse_args(argv)
-    figure = Figure(figsize=(12, 7.6), layout='constrained')
-    axes = figure.subplots(len(SETS), 5, squeeze=False)
-    for ax, title in zip(axes[0], ['data', 'chains of the reservoir', 'p(x) of the data',
-                                   'exp(-E(x)) / Z, learned', '-dE/dx, over E(x) (dark: low)']):
+    figure = Figure(figsize=(14, 7.4), layout='constrained')
+    axes = figure.subplots(len(SETS), 6, squeeze=False)
+    for ax, title in zip(axes[0], ['data', 'chains of the reservoir', 'HMC from anywhere',
+                                   'p(x) of the data', 'exp(-E(x)) / Z, learned',
+                                   '-dE/dx, over E (dark: low)']):
         ax.set_title(title)
     for name, row_of_axes in zip(SETS, axes):
         torch.manual_seed(args.seed)  # the initial weights
         generator = torch.Generator().manual_seed(args.seed)
         points = centres(name)
         model, chains = learn(points, name, args.updates, generator)
-        log_p, row = measure(model, points, generator)
+        log_p, hamilton, row = measure(model, points, generator)
         print(f'{name}:', ', '.join(f'{key} {value:.3f}' for key, value in row.items()))
-        draw_row(row_of_axes, name, points, model, chains, log_p, generator)
+        draw_row(row_of_axes, name, points, model, chains, hamilton, log_p, generator)
     save_figure(figure, args.out / 'plane.png')
 
 
