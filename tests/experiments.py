@@ -194,21 +194,21 @@ def few_label_scores(folders):
 def draw_labels(scores, path):
     """Accuracy against labels a class, mean and range over the seeds, a panel for a data set."""
     figure = Figure(figsize=(4 * len(scores), 3.6), layout='constrained')
-    colours = {}  # the same one for a kind of run in all panels
+    names = list(dict.fromkeys(kind for kinds in scores.values() for kind in kinds))
+    drawn = {}
     for ax, (data, kinds) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items()):
         for kind, runs in kinds.items():
             labels, values = zip(*sorted(runs.items()))
             mean, low, high = np.array([(np.mean(v), min(v), max(v)) for v in values]).T
-            colours.setdefault(kind, ax.errorbar(
-                labels, mean, [mean - low, high - mean], capsize=3, marker='o',
-                color=f'C{list(colours).index(kind) if kind in colours else len(colours)}'))
+            drawn[kind] = ax.errorbar(labels, mean, [mean - low, high - mean], capsize=3, marker='o',
+                                      color=f'C{names.index(kind)}')  # the same in all panels
         ticks = sorted({labels for runs in kinds.values() for labels in runs})
         ax.set(xscale='log', xticks=ticks, xticklabels=ticks, title=data, ylim=(0, 1),
                xlabel='labels a class', ylabel='test accuracy')
         ax.minorticks_off()
-    figure.legend(colours.values(), [kind.replace('no p(x)', 'cross-entropy alone')
-                                     .replace('no contrast', '--contrast 0') for kind in colours],
-                  loc='outside lower center', ncols=len(colours))
+    figure.legend([drawn[kind] for kind in names], [
+        kind.replace('no p(x)', 'cross-entropy alone').replace('no contrast', '--contrast 0')
+        for kind in names], loc='outside lower center', ncols=len(names))
     save_figure(figure, path)
 
 
