@@ -200,8 +200,9 @@ def draw_labels(scores, path):
         for kind, runs in kinds.items():
             labels, values = zip(*sorted(runs.items()))
             mean, low, high = np.array([(np.mean(v), min(v), max(v)) for v in values]).T
-            drawn[kind] = ax.errorbar(labels, mean, [mean - low, high - mean], capsize=3, marker='o',
-                                      color=f'C{names.index(kind)}')  # the same in all panels
+            colour = f'C{names.index(kind)}'  # the same one in all panels
+            drawn[kind] = ax.errorbar(labels, mean, [mean - low, high - mean], color=colour,
+                                      marker='o', capsize=3)
         ticks = sorted({labels for runs in kinds.values() for labels in runs})
         ax.set(xscale='log', xticks=ticks, xticklabels=ticks, title=data, ylim=(0, 1),
                xlabel='labels a class', ylabel='test accuracy')
