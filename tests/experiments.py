@@ -107,6 +107,7 @@ for labels in (1, 5, 10, 50):
         f'{labels} a class, drawn labels': ('', few(labels) + DRAWN),
         f'{labels} a class, drawn labels, no contrast': ('--contrast 0', few(labels) + DRAWN),
     }
+ALONE = [name for name in EXPERIMENTS if name.endswith(' alone')]  # the losses without p(x)
 COLUMNS = ['experiment', 'seconds', 'accuracy', 'test', 'loss_px', 'agreement', 'distinct',
            'frechet', 'flipped', 'blurred', 'noise', 'ece']
 
@@ -136,8 +137,13 @@ def copy(folder, changes):
         (folder / file).write_text(replaced((folder / file).read_text(), old, new))
 
 
-def last_row(path):
-    return list(csv.DictReader(path.open()))[-1]
+def rows_of(path):
+    return list(csv.DictReader(path.open()))
+
+
+def folder_of(out, name):
+    """The copy of an experiment."""
+    return out / f'{list(EXPERIMENTS).index(name):02d}'
 
 
 def experiment(name, folder, judge, train):
@@ -148,7 +154,7 @@ def experiment(name, folder, judge, train):
     row = {'experiment': name, 'seconds': round(time.monotonic() - start)}
     if not done:  # the guard gave up: what is there is the epoch before
         row['experiment'] += ' (stopped)'
-    log = last_row(folder / 'log.csv')
+    log = rows_of(folder / 'log.csv')[-1]
     row |= {'accuracy': log['val_accuracy'], 'loss_px': log['loss_px']}
     few_labels = 'a class' in name
     if '--px-weight 0' not in flags and not few_labels:
@@ -158,7 +164,7 @@ def experiment(name, folder, judge, train):
             run(folder, *train, *JUDGE, '--out', 'judge')
         run(folder, 'generate.py', '--ckpt', 'best.pt', '--mode', 'evaluate', '--judge',
             judge / 'best.pt', '--device', 'cpu')
-        scores = last_row(folder / 'evaluate.csv')
+        scores = rows_of(folder / 'evaluate.csv')[-1]
         row |= {key: scores[key] for key in ('agreement', 'distinct', 'frechet')}
     # With few labels no validation score may choose the epoch, so the last one counts.
     # The calibration error matters to the losses only, and --trust takes longer than the rest.
@@ -168,10 +174,10 @@ def experiment(name, folder, judge, train):
         'blurred', 'noise', *trust, '--device', 'cpu')
     printed = (folder / 'output.txt').read_text()
     row['test'] = re.search(r'test images: accuracy (\S+),', printed).group(1)
-    for score in csv.DictReader((folder / 'ood.csv').open()):
+    for score in rows_of(folder / 'ood.csv'):
         if score['score'] == 'energy' and score['set'] in COLUMNS:
             row[score['set']] = score['auroc']
-    for score in csv.DictReader((folder / 'trust.csv').open()) if trust else []:
+    for score in rows_of(folder / 'trust.csv') if trust else []:
         if score['measure'] == 'ece' and float(score['temperature']) == 1:
             row['ece'] = score['value']
     return row
@@ -183,7 +189,7 @@ def few_label_scores(folders):
     for folder in folders:
         data, epochs = re.search(r'--data (.*) --data-root .* --epochs (\d+)',
                                  (folder / 'judge/done').read_text()).groups()
-        for row in csv.DictReader((folder / 'experiments.csv').open()):
+        for row in rows_of(folder / 'experiments.csv'):
             if found := re.fullmatch(r'(\d+) a class, (.*?)(?: \(stopped\))?', row['experiment']):
                 kinds = scores.setdefault(f'{Path(data).name}, --epochs {epochs}', {})
                 runs = kinds.setdefault(found[2], {})
@@ -221,12 +227,11 @@ def right_and_wrong(model, logits, y):
 
 def draw_losses(folder, path):
     """What each loss does alone, in the last epoch: the energies of `right_and_wrong`."""
-    names = [name for name in EXPERIMENTS if name.endswith(' alone')]
-    figure = Figure(figsize=(3.2 * len(names), 2.8), layout='constrained')
-    for ax, name in zip(figure.subplots(1, len(names)), names):
-        run = folder / f'{list(EXPERIMENTS).index(name):02d}'
-        for file, _, new in EXPERIMENTS[name][1]:
-            assert new in (run / file).read_text(), f'{run} is another experiment than {name}'
+    figure = Figure(figsize=(3.2 * len(ALONE), 2.8), layout='constrained')
+    for ax, name in zip(figure.subplots(1, len(ALONE)), ALONE):
+        run = folder_of(folder, name)
+        if not all(new in (run / file).read_text() for file, _, new in EXPERIMENTS[name][1]):
+            sys.exit(f'{run}: of another version of experiments.py; run {name!r} again')
         model, checkpoint = load_model(run / 'last.pt')
         args = checkpoint['args']
         data = load_data(args['data'], seed=args['seed'], data_root=args['data_root'],
@@ -251,12 +256,16 @@ def main(argv=None):
     parser.add_argument('--epochs', type=int, default=15, help='of each run')
     parser.add_argument('--draw', type=Path, nargs='+', help='folders of runs, to draw and not run')
     args = parser.parse_args(argv)
+    for folder in args.draw or []:
+        if not (folder / 'experiments.csv').exists():
+            parser.error(f'--draw {folder}: no experiments.csv; name folders of finished runs')
     if args.draw:
         if scores := few_label_scores(args.draw):
             draw_labels(scores, args.out / 'labels.png')
-        for folder in args.draw:
-            if 'hinge loss alone' in (folder / 'experiments.csv').read_text():
+        for folder in args.draw:  # the first one that has all four
+            if {*ALONE} <= {row['experiment'] for row in rows_of(folder / 'experiments.csv')}:
                 draw_losses(folder, args.out / 'losses.png')
+                break
         return
     out = args.out.resolve()
     judge, table = out / 'judge', out / 'experiments.csv'
@@ -273,11 +282,11 @@ def main(argv=None):
         if not run(judge, *train, *JUDGE):
             sys.exit(f'no judge: see {judge}/output.txt')
         done.write_text(' '.join(train))
-    rows = list(csv.DictReader(table.open())) if table.exists() else []
+    rows = rows_of(table) if table.exists() else []
     known = {row['experiment'].removesuffix(' (stopped)') for row in rows}
-    for number, name in enumerate(EXPERIMENTS):
+    for name in EXPERIMENTS:
         if args.only in name and name not in known:
-            rows.append(experiment(name, out / f'{number:02d}', judge, train))
+            rows.append(experiment(name, folder_of(out, name), judge, train))
             with table.open('w', newline='') as file:
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()

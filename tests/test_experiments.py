@@ -41,8 +41,10 @@ def test_changes_fit_the_code(name):
 
 
 def test_mistakes_are_told(refused, tmp_path):
-    """A name that no experiment has, and a folder that holds runs with other settings."""
+    """A name that no experiment has, a folder that holds runs with other settings, and one that
+    holds none to draw."""
     assert '--only nosuch' in refused(main, '--out', tmp_path, '--only', 'nosuch')
+    assert f'--draw {tmp_path}' in refused(main, '--out', tmp_path, '--draw', tmp_path)
     (tmp_path / 'judge').mkdir()
     (tmp_path / 'judge/done').write_text('train.py --data digits --seed 1')
     assert '--seed 1' in refused(main, '--out', tmp_path, '--only', 'K = 1')
