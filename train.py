@@ -64,8 +64,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group('optimisation').add_argument
     flag('--epochs', type=count, default=60, help='passes through the training images')
     flag('--batch-size', type=count, default=32, help='images, and chains, in an update')
-    flag('--lr', type=number(float, 1e-12, 1e38), default=2e-3, help='learning rate of Adam')
-    flag('--lr-decay', type=share, default=.98, help='factor on the rate after each epoch')
+    flag('--lr', type=number(float, 1e-12, 1e38), default=2e-3, help='greatest learning rate of Adam')
     flag('--guard', action=switch, default=True, help='go back when an epoch diverges')
     flag('--picture-every', type=count, default=5, help='epochs between two pictures')
     flag = parser.add_argument_group('sampling').add_argument
@@ -229,7 +228,8 @@ def train(args, data, old_run=()):
                     loss = loss + args.px_weight * numbers['loss_matching']
 
                 # descent on the weighted sum; at T = 1 -log p(x, y) = -log p(x) - log p(y|x)
-                factor = min(1., (history['step'] + 1) / WARMUP) * args.lr_decay ** history['epoch']
+                left = 1 - history['step'] / total  # the rate falls to 0 in the last third
+                factor = min(1., (history['step'] + 1) / WARMUP, 3 * left)
                 history['lr'] = args.lr * factor * RETREAT ** history['drops']
                 optimizer.param_groups[0]['lr'] = history['lr']
                 optimizer.zero_grad()

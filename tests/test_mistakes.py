@@ -90,7 +90,7 @@ train --data GLYPHS --epochs 1e3                               | --epochs ... '1
 train --data GLYPHS --epochs 0                                 | --epochs: 0
 train --data GLYPHS --image-size 8                             | --image-size: 8
 train --data GLYPHS --lr 1e300                                 | --lr: 1e300
-train --data GLYPHS --lr-decay 1.5                             | --lr-decay: 1.5
+train --data GLYPHS --reinit 1.5                               | --reinit: 1.5
 train --data GLYPHS --step-size 0                              | --step-size: 0
 train --data GLYPHS --step-size inf                            | --step-size: inf
 train --data GLYPHS --init magic                               | --init ... 'magic' ... reservoir

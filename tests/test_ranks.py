@@ -15,13 +15,19 @@ import torch
 
 import train
 from conftest import QUICK
-from test_runs import assert_same, state
+from test_runs import assert_same, interrupt, state
 
 pytest.importorskip('resource', reason='Linux and macOS')
 from faults import set_environment, start  # noqa: E402
 
 
-def train_in_two(logs, *flags):
+def set_up(environment, interrupted):
+    set_environment(environment)
+    if interrupted:
+        interrupt(pytest.MonkeyPatch())
+
+
+def train_in_two(logs, *flags, interrupted=False):
     """What `torchrun --nproc-per-node 2 train.py` does: the exit statuses, and what was said."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
@@ -29,7 +35,7 @@ def train_in_two(logs, *flags):
 
     def begin(rank):
         own = {'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '2', **meeting}
-        return start(train.main, flags, logs / f'rank{rank}.txt', partial(set_environment, own))
+        return start(train.main, flags, logs / f'rank{rank}.txt', partial(set_up, own, interrupted))
 
     processes = [begin(rank) for rank in range(2)]
     for process in processes:
@@ -91,7 +97,7 @@ def test_resume_with_as_many_fewer_or_more_processes(glyphs, tmp_path):
                           capture_output=True, text=True,
                           env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stderr
-    assert train_in_two(tmp_path, *quick, '--out', parts, '--epochs', '1')[0] == [0, 0]
+    assert train_in_two(tmp_path, *quick, '--out', parts, interrupted=True)[0] == [130, 130]
     resume = ['--resume', '--out', str(parts), '--device', 'cpu', '--epochs']
     assert train_in_two(tmp_path, *resume, '2')[0] == [0, 0]
     assert_same(state(tmp_path / 'whole'), state(parts))

@@ -94,19 +94,50 @@ def test_updates_are_logged_every_ten(glyphs, tmp_path):
         assert all(update[name] == epoch[name] for name in train.NUMBERS)
 
 
+def interrupt(patch):
+    """Ctrl-C when the second epoch begins."""
+    batches = train.batches
+
+    def interrupted(count, args, epoch):
+        if epoch == 1:
+            signal.raise_signal(signal.SIGINT)
+        return batches(count, args, epoch)
+
+    patch.setattr(train, 'batches', interrupted)
+
+
 @pytest.mark.parametrize('flags', [[], ['--no-conditional', '--init', 'persistent']])
 def test_resumed_run_is_the_unbroken_one(glyphs, tmp_path, flags):
     """Two epochs equal one plus one bit by bit: weights, averages, optimizer, reservoir, random
-    state and logs. The run remembers its own flags, and its epochs may grow."""
-    quick = ['--data', str(glyphs), *QUICK, *flags]
+    state and logs. The run remembers its own flags."""
+    quick, parts = ['--data', str(glyphs), *QUICK, *flags], str(tmp_path / 'parts')
     train.main([*quick, '--out', str(tmp_path / 'whole')])
-    train.main([*quick, '--out', str(tmp_path / 'parts'), '--epochs', '1'])
-    train.main(['--out', str(tmp_path / 'parts'), '--resume', '--epochs', '2', '--device', 'cpu'])
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        interrupt(patch)
+        train.main([*quick, '--out', parts])
+    assert len(read_log(tmp_path / 'parts')) == 1
+    train.main(['--out', parts, '--resume', '--device', 'cpu'])
     for name in ('last.pt', 'best.pt'):
         assert_same(state(tmp_path / 'whole', name), state(tmp_path / 'parts', name))
     logs = [[{**row, 'seconds': ''} for row in read_log(tmp_path / part)]
             for part in ('whole', 'parts')]
     assert logs[0] == logs[1]
+
+
+def test_learning_rate_rises_stays_and_falls_to_0(glyphs, tmp_path, monkeypatch):
+    """In the warm-up, until the last third, and after the last update; --lr is its greatest
+    value. More epochs have a last third of their own."""
+    monkeypatch.setattr(train, 'WARMUP', 6)
+    out = ['--out', str(tmp_path)]
+    train.main(['--data', str(glyphs), *out, *QUICK, '--epochs', '9', '--lr', '.001'])
+    per_epoch = int(read_log(tmp_path)[0]['step'])
+    rates = [float(row['lr']) for row in read_log(tmp_path)]
+    fall = [3e-3 * (9 - epoch + 1 / per_epoch) / 9 for epoch in (7, 8, 9)]  # of its last update
+    assert rates == pytest.approx([.001 * min(1, per_epoch / 6), *[.001] * 5, *fall], rel=1e-5)
+    train.main([*out, '--resume', '--epochs', '12', '--device', 'cpu'])
+    rates = [float(row['lr']) for row in read_log(tmp_path)[9:]]
+    rates_of_12 = [3e-3 * (12 - epoch + 1 / per_epoch) / 12 for epoch in (10, 11, 12)]
+    assert rates == pytest.approx(rates_of_12, rel=1e-5)
 
 
 def test_ctrl_c_keeps_the_last_finished_epoch(glyphs, tmp_path, monkeypatch):
@@ -232,7 +263,7 @@ def test_guard_sees_a_flipped_sign(glyphs, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, 'px_step', lambda real, synth: right(synth, real))
     monkeypatch.setattr(train, 'WARMUP', 20)
     last, event = given_up(tmp_path, capsys, '--data', str(glyphs), *QUICK, '--lr', '.01',
-                           '--lr-decay', '1', '--batch-size', '4', '--epochs', '60',
+                           '--batch-size', '4', '--epochs', '60',
                            '--matching', '0', '--picture-every', '600')
     assert 'diverged' in last and '--no-guard' in last and 'energy gap' in event
 
@@ -253,7 +284,7 @@ def test_guard_goes_back_and_on(trained, tmp_path):
     rows = read_log(tmp_path)
     assert len(rows) == 4 and 'not finite' in rows[2]['event'] and not rows[3]['event']
     for row, level in ((rows[2], 1), (rows[3], .75)):
-        rate = 2e-3 * .98 ** (int(row['epoch']) - 1) * int(row['step']) / train.WARMUP
+        rate = 2e-3 * int(row['step']) / train.WARMUP
         assert float(row['lr']) == pytest.approx(rate * train.RETREAT ** level, rel=1e-3)
     assert state(tmp_path)['/run/history/drops'] == .5  # one drop, and two good epochs
 
