@@ -1,6 +1,6 @@
 """Maximum likelihood of images at T = 1: do chains, energy and classifier belong to one law?
 
-    python .github/lessons/one_law.py --out runs/lessons      an hour on one core, or minutes on a GPU
+    python .github/lessons/one_law.py --out runs/lessons      an hour on one core, minutes on a GPU
 
 Digits (16 x 16) plus noise t have a density; t is a Student-t of scale S0 with as many degrees of
 freedom as there are pixels, N, which is nearly N(0, S0^2). Its energy around an image at distance
@@ -17,8 +17,8 @@ where the network learns u, the distance from the images, and g, the classes.
 3. Chains by this law from unseen images: do they stay there? If data are typical of it, they must.
 4. log Z by annealed importance sampling (AIS, Neal 2001), by `hmc`. It starts in exact draws of the
    Student-t of scale 1, E_q(x) = N log(1 + |x|^2 / N), whose Z is known. Levels 0 to 1 turn E_q
-   into N log(1 + u^2); levels 1 to 2 narrow the valleys from 1 to S0. The mean estimate of Z is
-   right, so that of log Z is too low, and the more so, the more the weights differ.
+   into N log(1 + u^2); levels 1 to 2 narrow the valleys from 1 to S0. The estimate of Z is right
+   on average, so that of log Z is too low, and the more so, the more the weights differ.
 """
 import argparse
 import math
