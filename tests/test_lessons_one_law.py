@@ -16,7 +16,7 @@ def lesson():
 
 @pytest.fixture
 def model(lesson):
-    """The ideal model of one black image: u is the distance from it, and the class is always 1."""
+    """The ideal model of one grey image: u is the distance from it, and the class is always 1."""
     class Ideal(lesson.Valleys):
         image = 0.
 

@@ -2,23 +2,26 @@
 
     python .github/lessons/one_law.py --out runs/lessons      an hour on one core, minutes on a GPU
 
-Digits (16 x 16) plus noise t have a density; t is a Student-t of scale S0 with as many degrees of
-freedom as there are pixels, N, which is nearly N(0, S0^2). Its energy around an image at distance
-d, the root mean square over the pixels, is N log(S0^2 + d^2). So the model is
+Digits (16 x 16) plus noise t have a density. t is a Student-t of scale S0 whose degrees of freedom
+are the number of pixels, N, so it is nearly normal. Up to a constant its energy around an image at
+distance d, the root mean square over the pixels, is N log(S0^2 + d^2). So the model is
 
-    p(x, y) = exp(-E(x)) / Z softmax(g(x))[y],      E(x) = N log(S0^2 + u(x)^2)
+    p(x, y) = softmax(g(x))[y] exp(-E(x)) / Z,      E(x) = N log(S0^2 + u(x)^2)
 
 where the network learns u, the distance from the images, and g, the classes.
 
 1. Matching: at x + s xi, with s from S0 / 2 to 1, dE/dx learns to be the gradient of the valley
-   around x, and S0^2 + u^2 to be S0^2 + s^2. The cross-entropy of g is added.
-2. Maximum likelihood: GAP (mean E(x) - mean E(x')) is added, where x are noisy images, and x' are
-   persistent chains that follow exp(-E) by the lectures' law, at T = 1 (`noise=None`).
-3. Chains by this law from unseen images: do they stay there? If data are typical of it, they must.
+   around x, and S0^2 + u^2 to be S0^2 + s^2. Between images it learns a mean of their valleys,
+   which is the gradient of log p for no noise. The cross-entropy of g is added.
+2. Maximum likelihood, beside matching: GAP (mean E(x) - mean E(x')) is added, where x are noisy
+   images, and x' persistent chains that follow exp(-E) by the lectures' law, at T = 1.
+3. Chains by this law from unseen images: do their mean distance and energy stay as they are? If
+   data were draws from exp(-E) / Z they would. That they do is no proof.
 4. log Z by annealed importance sampling (AIS, Neal 2001), by `hmc`. It starts in exact draws of the
    Student-t of scale 1, E_q(x) = N log(1 + |x|^2 / N), whose Z is known. Levels 0 to 1 turn E_q
    into N log(1 + u^2); levels 1 to 2 narrow the valleys from 1 to S0. The estimate of Z is right
-   on average, so that of log Z is too low, and the more so, the more the weights differ.
+   on average, so that of log Z is too low, and the more so, the more the weights differ. The way
+   up, from the chains of step 3, gives a log Z that would be too high, were they exact draws.
 """
 import argparse
 import math
@@ -33,8 +36,8 @@ from torch.nn.functional import cross_entropy, softplus
 from tqdm import tqdm
 
 sys.path.append(os.getcwd())  # the six files; run from their folder
-from data import DataError, load_data, save_grid, to_float  # noqa: E402
-from model import EnergyModel, user_mistakes  # noqa: E402
+from data import DataError, load_data, save_grid  # noqa: E402
+from model import EnergyModel, choose_device, user_mistakes  # noqa: E402
 from sampler import CudaGraph, hmc, sgld  # noqa: E402
 from train import px_step  # noqa: E402
 
@@ -42,7 +45,7 @@ S0 = .1  # scale of the noise
 GAP = .02  # weight of the gap
 BATCH, CHAINS, K = 64, 512, 20  # of an update; persistent chains; their steps in an update
 STEP = .1  # eta / 2 of SGLD, times S0^2
-LENGTHS = [0, 100, 300, 1000, 3000, 10000]  # steps after which chains are looked at
+LENGTHS = [0, 100, 1000, 10000]  # steps after which chains are looked at
 SHOWN, LEVELS = 64, 800  # chains of steps 3 and 4, and levels of AIS
 
 
@@ -56,7 +59,7 @@ class Valleys(EnergyModel):
     def outputs(self, x):
         """u (B,) and g (B, K)."""
         logits = self.get_logits(x)  # (B, K + 1)
-        far = x.square().mean(dim=(1, 2, 3)).clamp_min(1).sqrt() - 1  # (B,), 0 for all images
+        far = x.square().mean(dim=(1, 2, 3)).clamp_min(1).sqrt() - 1  # (B,), 0 near images
         return far + softplus(10 * logits[:, 0]), logits[:, 1:]  # 10: u spans decades
 
     def energy(self, x, width=S0):
@@ -177,7 +180,7 @@ def evaluate(model, x, y, train, generator):
 
     tell('unseen images', classify(model, x, y))
     chains, y, move = x[:SHOWN], y[:SHOWN], chain(model, generator)
-    look('some of them', chains, y)
+    look('at the start', chains, y)
     for before, length in pairwise(LENGTHS):
         for _ in range(before, length, K):
             chains = move(chains)
@@ -207,7 +210,7 @@ def main(argv=None):
     flag('--seed', type=int, default=0, help='random seed')
     flag('--updates', type=int, default=6000, help='of matching alone')
     flag('--likelihood', type=int, default=4000, help='further ones with the gap')
-    flag('--device', default='cuda' if torch.cuda.is_available() else 'cpu', help='cpu or cuda')
+    flag('--device', type=choose_device, default='auto', help='cpu or cuda; auto: the fastest')
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)  # the initial weights
     generator = torch.Generator(args.device).manual_seed(args.seed)
