@@ -64,7 +64,7 @@ def parse_args(argv=None):
     flag = parser.add_argument_group('optimisation').add_argument
     flag('--epochs', type=count, default=60, help='passes through the training images')
     flag('--batch-size', type=count, default=32, help='images, and chains, in an update')
-    flag('--lr', type=number(float, 1e-12, 1e38), default=2e-3, help='greatest learning rate of Adam')
+    flag('--lr', type=number(float, 1e-12, 1e38), default=2e-3, help='greatest rate of Adam')
     flag('--guard', action=switch, default=True, help='go back when an epoch diverges')
     flag('--picture-every', type=count, default=5, help='epochs between two pictures')
     flag = parser.add_argument_group('sampling').add_argument
