@@ -11,12 +11,12 @@ distance d, the root mean square over the pixels, is N log(S0^2 + d^2). So the m
 where the network learns u, the distance from the images, and g, the classes.
 
 1. Matching: at x + s xi, with s from S0 / 2 to 1, dE/dx learns to be the gradient of the valley
-   around x, and S0^2 + u^2 to be S0^2 + s^2. Between images it learns a mean of their valleys,
-   which is the gradient of log p for no noise. The cross-entropy of g is added.
+   around x, and S0^2 + u^2 to be S0^2 + s^2. Between images it learns a mean of their
+   valleys, which need not be the gradient of any log p. The cross-entropy of g is added.
 2. Maximum likelihood, beside matching: GAP (mean E(x) - mean E(x')) is added, where x are noisy
    images, and x' persistent chains that follow exp(-E) by the lectures' law, at T = 1.
 3. Chains by this law from unseen images: do their mean distance and energy stay as they are? If
-   data were draws from exp(-E) / Z they would. That they do is no proof.
+   data were draws from exp(-E) / Z they would. But chains that stay are no proof.
 4. log Z by annealed importance sampling (AIS, Neal 2001), by `hmc`. It starts in exact draws of the
    Student-t of scale 1, E_q(x) = N log(1 + |x|^2 / N), whose Z is known. Levels 0 to 1 turn E_q
    into N log(1 + u^2); levels 1 to 2 narrow the valleys from 1 to S0. The estimate of Z is right
@@ -38,13 +38,14 @@ from tqdm import tqdm
 sys.path.append(os.getcwd())  # the six files; run from their folder
 from data import DataError, load_data, save_grid  # noqa: E402
 from model import EnergyModel, choose_device, user_mistakes  # noqa: E402
-from sampler import CudaGraph, hmc, sgld  # noqa: E402
+from ood import reliability  # noqa: E402
+from sampler import CudaGraph, hmc, randn, sgld  # noqa: E402
 from train import px_step  # noqa: E402
 
 S0 = .1  # scale of the noise
 GAP = .02  # weight of the gap
 BATCH, CHAINS, K = 64, 512, 20  # of an update; persistent chains; their steps in an update
-STEP = .1  # eta / 2 of SGLD, times S0^2
+STEP = .1  # eta / 2 in units of the squared width of the valleys
 LENGTHS = [0, 100, 1000, 10000]  # steps after which chains are looked at
 SHOWN, LEVELS = 64, 800  # chains of steps 3 and 4, and levels of AIS
 
@@ -69,7 +70,7 @@ class Valleys(EnergyModel):
     def path_energy(self, x, level):
         """Of the laws from the Student-t, level 0, to the model, level 2: (B,)."""
         if level >= 1:
-            return self.energy(x, width(level))
+            return self.energy(x, width_at(level))
         q = x[0].numel() * x.square().mean(dim=(1, 2, 3)).log1p()  # N log(1 + |x|^2 / N), (B,)
         return (1 - level) * q + level * self.energy(x, 1.)
 
@@ -82,15 +83,16 @@ class Valleys(EnergyModel):
         return (x - r2 * gradient / 2).detach()
 
 
-def width(level):
+def width_at(level):
+    """Of the valleys: 1 up to level 1, then falling to S0."""
     return S0 ** max(0., level - 1)
 
 
 def student(shape, scale, generator):
     """Exact draws of a Student-t of N degrees of freedom, (B, C, H, W)."""
-    z = torch.randn(shape, generator=generator, device=generator.device)
+    z = randn(shape, generator, generator.device)
     n = z[0].numel()
-    chi2 = torch.randn(shape[0], n, generator=generator, device=z.device).square().sum(1)  # (B,)
+    chi2 = randn((len(z), n), generator, z.device).square().sum(1)  # (B,)
     return scale * z * (n / chi2).sqrt().view(-1, 1, 1, 1)
 
 
@@ -104,7 +106,7 @@ def matching_loss(model, x, y, generator):
     the scale of r; and the cross-entropy."""
     t = torch.rand(len(x), 1, 1, 1, generator=generator, device=x.device)
     s = S0 / 2 * (2 / S0) ** t  # (B, 1, 1, 1), from S0 / 2 to 1
-    xi = torch.randn(x.shape, generator=generator, device=x.device)
+    xi = randn(x.shape, generator, x.device)  # (B, C, H, W)
     r = (S0 ** 2 + s ** 2).sqrt()
     noisy = (x + s * xi).requires_grad_()
     u, g = model.outputs(noisy)
@@ -152,17 +154,9 @@ def anneal(model, x, levels, generator):
     log_w = torch.zeros(len(x), device=x.device)
     for before, level in pairwise(levels):
         log_w += model.path_energy(x, before) - model.path_energy(x, level)
-        x, _ = hmc(partial(model.path_energy, level=level), x, 1, .1 * width(level) ** 2,
+        x, _ = hmc(partial(model.path_energy, level=level), x, 1, STEP * width_at(level) ** 2,
                    clamp=None, generator=generator, leapfrog=5)
     return (log_w.logsumexp(0) - math.log(len(x))).item(), x, log_w.std()
-
-
-def classify(model, x, y):
-    """Accuracy, and the expected calibration error of p(y|x) = softmax(g) in 15 bins."""
-    confidence, guess = model.outputs(x)[1].softmax(1).max(1)  # (N,), (N,)
-    right, place = (guess == y).float(), (15 * confidence).long().clamp_max(14)  # (N,)
-    off = torch.zeros(15, device=x.device).index_add(0, place, confidence - right)  # (15,)
-    return {'accuracy': right.mean(), 'ECE': off.abs().sum() / len(x)}
 
 
 def evaluate(model, x, y, train, generator):
@@ -178,7 +172,9 @@ def evaluate(model, x, y, train, generator):
         states[name] = clean[:12]
         tell(name, numbers)
 
-    tell('unseen images', classify(model, x, y))
+    g = model.outputs(x)[1]  # (N, K)
+    tell('unseen images', {'accuracy': (g.argmax(1) == y).float().mean(),
+                           'ECE': reliability(g.cpu(), y.cpu())[0]})
     chains, y, move = x[:SHOWN], y[:SHOWN], chain(model, generator)
     look('at the start', chains, y)
     for before, length in pairwise(LENGTHS):
