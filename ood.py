@@ -36,8 +36,8 @@ def parse_args(argv=None):
     flag('--ood', nargs='+', metavar='NAME|PATH', help='OOD sets, see data.py; default: all')
     flag('--baseline', type=Path, metavar='CKPT', help='a plain classifier of the same data')
     flag('--check', type=Path, metavar='FILE|FOLDER', help='images that get a verdict each')
-    flag('--trust', action='store_true', help='also calibration, attacks, distal adversaries')
-    flag('--attacked', type=number(int, 1), default=100, help='test images that --trust attacks')
+    flag('--trust', type=number(int, 1), nargs='?', const=100, metavar='N',
+         help='also calibration, attacks on N test images (100), distal adversaries')
     flag('--data', help='the data of the checkpoint, if they have moved since the training')
     flag('--data-root', type=Path, help='folder of downloads and of letterpress, if it has moved')
     flag('--out', type=Path, default='.', help='folder to write into')
@@ -343,7 +343,7 @@ def pgd(model, x, y, norm, radius, defence, generator):
 def attack(victims, data, args):
     """Accuracy under attack of `victims`, {name: (model, defence or None)}: rows of trust.csv."""
     seeded = torch.Generator().manual_seed(args.seed)
-    order = torch.randperm(len(data.test), generator=seeded)[:args.attacked]
+    order = torch.randperm(len(data.test), generator=seeded)[:args.trust]
     batches = [data.test.to(args.device).batch(index) for index in order.split(BATCH)]
     generator = torch.Generator(args.device).manual_seed(args.seed)
     path, rows = args.out / 'robustness.png', []

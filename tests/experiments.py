@@ -169,7 +169,7 @@ def experiment(name, folder, judge, train):
     # With few labels no validation score may choose the epoch, so the last one counts.
     # The calibration error matters to the losses only, and --trust takes longer than the rest.
     losses = 'loss' in name or name in ('default', 'cross-entropy alone')
-    trust = ['--trust', '--attacked', '1'] if losses else []
+    trust = ['--trust', '1'] if losses else []
     run(folder, 'ood.py', '--ckpt', 'last.pt' if few_labels else 'best.pt', '--ood', 'flipped',
         'blurred', 'noise', *trust, '--device', 'cpu')
     printed = (folder / 'output.txt').read_text()

@@ -35,7 +35,7 @@ run() {  # NAME DATA SEED JUDGE FLAGS...: train, judge the samples, score OOD se
     train "$1" --data "$data" --seed "$seed" "${@:5}"
     python generate.py --ckpt "$out/best.pt" --mode evaluate --judge "$judge/best.pt" \
         --out "$out" "${steps[@]}"
-    report "$1" --trust --attacked 1
+    report "$1" --trust 1
 }
 
 for seed in 0 1 2; do

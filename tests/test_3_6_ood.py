@@ -440,8 +440,8 @@ def test_trust(trained, others, tmp_path, monkeypatch):
         steps.append(settings)
         return sgld(energy, x, **settings)
     monkeypatch.setattr(ood, 'sgld', spy)
-    run(trained / 'best.pt', tmp_path, '--ood', 'noise', '--baseline', others['plain'], '--trust',
-        '--attacked', 9)
+    run(trained / 'best.pt', tmp_path, '--ood', 'noise', '--trust', 9, '--baseline',
+        others['plain'])
     rows = read_rows(tmp_path / 'trust.csv')
     calibration = [row for row in rows if row['measure'] == 'ece']  # JEM at 1, its T and the fitted
     rows = rows[len(calibration):]
