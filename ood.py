@@ -37,7 +37,7 @@ def parse_args(argv=None):
     flag('--baseline', type=Path, metavar='CKPT', help='a plain classifier of the same data')
     flag('--check', type=Path, metavar='FILE|FOLDER', help='images that get a verdict each')
     flag('--trust', type=number(int, 1), nargs='?', const=100, metavar='N',
-         help='also calibration, attacks on N test images (100), distal adversaries')
+         help='also calibration, distal adversaries, attacks on N test images (default 100)')
     flag('--data', help='the data of the checkpoint, if they have moved since the training')
     flag('--data-root', type=Path, help='folder of downloads and of letterpress, if it has moved')
     flag('--out', type=Path, default='.', help='folder to write into')
