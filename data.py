@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 SPLITS = {'train': ['train', 'training'], 'val': ['val', 'valid', 'validation', 'dev'],
-          'test': ['test', 'testing']}  # what their files or folders are called, in any case
+          'test': ['test', 'testing']}  # names of their files or folders, in upper or lower case
 SETS = {  # torchvision's class, image size, arguments of the training and of the test part if any
     'digits': (None, 16, None, None),  # scikit-learn's
     'mnist': ('MNIST', 28, {'train': True}, {'train': False}),
@@ -122,7 +122,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     image_size: side of the images; None is 16 for digits, torchvision's own, 56 for the rest.
     data_root: folder of downloads and of the rendered letterpress.
     seed: of the random splits and of the letterpress.
-    like: `Data.describe()` of the data that these must be; gives the image size, too.
+    like: what `Data.describe()` must return, else a DataError; sets the image size, too.
     """
     if image_size is not None and not 1 <= image_size <= 4096:
         raise DataError(f'--image-size {image_size}: name a number of pixels from 1 to 4096')
@@ -138,13 +138,13 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
         for part in ['train', 'test'] if SETS[name][3] else ['train']:
             parts[part], class_names = load_set(name, part, size, data_root)
     elif os.path.isdir(name):
-        parts, class_names, ood = load_folder(Path(name), size or 56)
+        parts, class_names, ood = load_folder(Path(name).resolve(), size or 56)
     else:
         raise DataError(f'--data {name}: no such folder and no known set; name the folder of the '
                         f'data, or one of {", ".join(NAMES)}')
     check_parts(name, parts, class_names)
-    # What is missing is taken out of train at random, each class in the same shares: 15 % for test
-    # and as many for val, so that 70 % stay; beside a given test, 10 % for val.
+    # Missing splits are drawn from train, each class in the same shares: 15 % for test and as many
+    # images for val. If test is given, val gets 10 %.
     test_size = .1 if 'test' in parts else .15
     for part in [part for part in ('test', 'val') if part not in parts]:
         from sklearn.model_selection import train_test_split  # slow to import
@@ -152,7 +152,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
         index = train_test_split(np.arange(len(train)), test_size=test_size, stratify=train.labels,
                                  random_state=seed)  # positions (n,) and (m,)
         parts['train'], parts[part] = [Split(train.images[i], train.labels[i]) for i in index]
-        test_size = len(parts[part])  # a number now: train has become smaller
+        test_size = len(parts[part])  # a count, so that val gets as many as test
     data = Data(*(parts[part] for part in SPLITS), class_names, ood)
     for key, value in data.describe().items():
         if like and value != like[key]:
@@ -164,7 +164,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
 def check_parts(name, parts, class_names):
     """Refuse parts from which nothing can be learned, and tell which classes are missing."""
     for part, split in parts.items():
-        blank = count_blank(split.images)
+        blank = int((split.images.amax((1, 2, 3)) == 0).sum())  # `prepare` makes one level 0
         if blank > len(split) / 2:
             raise DataError(f'--data {name}: {blank} of the {len(split)} {part} images are blank, '
                             'of one level throughout; mend or remove them')
@@ -183,13 +183,8 @@ def check_parts(name, parts, class_names):
                         f'of the {needed} train images needed to split them; add some')
 
 
-def count_blank(images):
-    """How many of the images (N, C, H, W) are of one level: `prepare` makes these 0."""
-    return int(images.flatten(1).amax(1).eq(0).sum())
-
-
 def check_apart(out, *inputs):
-    """A DataError if `out` lies in a folder of inputs: its pictures would be data the next time."""
+    """A DataError if `out` lies in an input folder: the next run would read its pictures."""
     out = Path(out).resolve()
     for name in inputs:
         if name and name not in (*NAMES, *MADE) and Path(name).resolve() in (out, *out.parents):
@@ -207,7 +202,7 @@ def tell_ambiguous(flag, name, known):
 
 
 def open_set(name, part, data_root, download=False):
-    """Pairs of an image and its label from a part of a set; downloads only what is missing."""
+    """(image, label) pairs of a part of a set. What is missing is fetched only if `download`."""
     if name == 'digits':
         from sklearn import datasets  # slow to import
         digits = datasets.load_digits()
@@ -291,7 +286,7 @@ def read_arrays(path, labelled=False):
     try:
         with open(path, 'rb') as file:
             if path.suffix.lower() == '.npz':
-                arrays = list(np.lib.npyio.NpzFile(file, allow_pickle=False).values())
+                arrays = [*map(np.asarray, np.lib.npyio.NpzFile(file, allow_pickle=False).values())]
             while path.suffix.lower() == '.npy' and file.peek(1):
                 arrays.append(np.lib.format.read_array(file, allow_pickle=False))
     except Exception as error:  # of many kinds, for damaged files
@@ -442,7 +437,7 @@ def printable(name):
 # No real data: matplotlib's typefaces, printed badly on purpose. A notebook may set another dtype.
 
 PRESS_VERSION = 1  # rises when the pixels change
-# Prints of each letter, uneven as in any text. Left out are capitals that only enlarge their
+# How many prints of each letter, uneven as in any text. It omits capitals that only enlarge their
 # lowercase letter (C O S V W X Z), look like an l (I) or are younger than the press (J U).
 PRINTS = dict(
     a=690, b=520, c=680, d=690, e=715, f=600, g=520, h=620, i=710, j=180, k=120, l=690, m=700,
@@ -457,8 +452,8 @@ SANS = 'DejaVuSans'  # the face of the OOD set `typeface`: no serifs, strokes of
 WEIGHT = dict(STIXGeneral=5, STIXGeneralBol=1, cmb10=3, DejaVuSerif=3, DejaVuSans=3)  # in pixels
 PRESS_OOD, EXTRAS = ('clutter', 'ligatures', 'symbols', 'typeface'), 2000  # images in each of them
 FRAME = 56
-ACROSS = torch.linspace(-1, 1, FRAME, dtype=torch.float32)  # (56,), columns in half frames
-DOWN = ACROSS[:, None]  # (56, 1), its rows
+ACROSS = torch.linspace(-1, 1, FRAME, dtype=torch.float32)  # (56,), x of each column
+DOWN = ACROSS[:, None]  # (56, 1), y of each row
 
 
 def cut_case(texts, faces):
@@ -526,7 +521,7 @@ class Press:
         return F.grid_sample(blocks, grid, align_corners=False)
 
     def set_type(self, labels):
-        """Letters between two others, of which segmentation left only slivers of the serifs."""
+        """Letters with slivers of their neighbours, as imprecise segmentation leaves them."""
         def half_width(mask):  # how far ink reaches from the middle, (n, 1, 1, 1)
             away = torch.linspace(-1, 1, mask.shape[3], dtype=torch.float32).abs()  # (W,)
             return (away * (mask.amax(2, keepdim=True) > .5)).amax(3, keepdim=True)
@@ -596,7 +591,7 @@ def print_letterpress(seed):
     images = press.sheets(torch.cat([labels, pairs]), 'letterpress')  # (18171, 1, 56, 56)
     clutter = torch.cat([press.print(press.scatter(len(part))) for part in pairs.split(250)])
     arrays = {'clutter': clutter, 'ligatures': images[len(labels):]}
-    # The labels are still sorted. Dealt out like cards, they give each split its share of a class.
+    # The labels are sorted, so dealing them out like cards gives each split its share of a class:
     card = torch.arange(len(labels)) % 20 % 7  # of 20 cards 3 are a 0, 3 a 3, and 14 the rest
     for part, cards in [('train', [1, 2, 4, 5, 6]), ('val', [0]), ('test', [3])]:
         index = torch.isin(card, torch.tensor(cards)).nonzero().flatten()
@@ -610,7 +605,7 @@ def print_letterpress(seed):
 
 
 def load_letterpress(image_size, data_root, seed):
-    """Parts, class names and OOD sets from a cache, which is printed first if it is not good."""
+    """Parts, class names and OOD sets from a cache; a missing or damaged one is printed first."""
     path = Path(data_root, f'letterpress-{PRESS_VERSION}-seed{seed}.npz')
     try:
         with np.load(path, allow_pickle=False) as cache:
@@ -649,7 +644,7 @@ MADE = {  # from test images x, float (N, C, H, W) in [-1, 1], and a random gene
 
 def ood_names(data, name, data_root='.data'):
     """The OOD sets that there are for the data set `name`, without any download."""
-    letters = [] if name in NAMES else ['letterpress']  # for glyphs: letters of another press
+    letters = [] if name in NAMES else ['letterpress']  # own data: another press
     names = [*data.ood, *letters, *MADE]
     for other in SETS:
         with contextlib.suppress(Exception):  # it is missing or damaged
@@ -659,8 +654,8 @@ def ood_names(data, name, data_root='.data'):
 
 
 def load_ood(name, data, seed=0, data_root='.data'):
-    """An OOD set, uint8 (N, C, H, W), of the size and channels of `data`, by its name or path. An
-    image made from a test image gets the lowest and highest value of that; `constant` has none."""
+    """An OOD set by its name or path, uint8 (N, C, H, W) of the size and channels of `data`. Sets
+    of MADE keep the darkest and lightest level of each test image; `constant` sets its own."""
     channels, size = data.test.images.shape[1:3]
     known = [*data.ood, *MADE, *NAMES]
     tell_ambiguous('--ood', name, known)
@@ -677,7 +672,7 @@ def load_ood(name, data, seed=0, data_root='.data'):
         return load_set(name, 'test', size, data_root, channels)[0].images
     if os.path.exists(name):
         images, _ = load_images(name, size, channels)
-        if blank := count_blank(images):
+        if blank := int((images.amax((1, 2, 3)) == 0).sum()):
             tell(f'--ood {name}: {blank} of {len(images)} images are blank')
         return images
     raise DataError(f'--ood {name}: no such path and no known set; choose from {", ".join(known)}')
@@ -728,8 +723,8 @@ def shortened(text, length):
 
 
 def save_grid(x, path, columns, title='', rows=(), heads=(), captions=()):
-    """Write images x, float (N, C, H, W) in [-1, 1], as a PNG grid of so many columns, with texts:
-    a title, one on the left of each row, above each column, and below each image."""
+    """Write images x, float (N, C, H, W) in [-1, 1], as a PNG grid of so many columns. Texts: title
+    above all, rows left of each row, heads above each column, captions below each image."""
     import matplotlib.figure  # slow to import, as the next one
     from torchvision.utils import make_grid
     h, w = x.shape[2:]

@@ -32,11 +32,11 @@ CHUNK = 32  # chains that run together: bounds the memory
 
 def draw(energy, start, args, streams=(), free=None, keep=()):
     """Run SGLD from every start (N, C, H, W), CHUNK chains at a time. Returns the last states x
-    (N, C, H, W) and the states {step: (N, C, H, W)} at the steps in `keep`. energy is a callable
-    (x, i) -> (B,), in which i (B,) are the numbers of the chains x (B, C, H, W), to look up labels.
+    (N, C, H, W) and the states {step: (N, C, H, W)} at the steps in `keep`. energy(x, i) -> (B,)
+    gets chains x (B, C, H, W) and their numbers i (B,), by which it finds their labels.
     streams are N torch.Generators. free, bool (N, 1, H, W), says which pixels move."""
     count = len(start)
-    streams = [*streams] + CHUNK * [torch.Generator(args.device)]  # the last ones are for copies
+    streams = [*streams] + CHUNK * [torch.Generator(args.device)]  # spare ones for copies
     frames = sorted({round(k) for k in np.linspace(0, args.steps, 60)}) if args.gif else []
     states = {step: [] for step in [*keep, *frames, args.steps]}
     with tqdm(total=args.steps * math.ceil(count / CHUNK), desc=args.mode, unit='step') as bar:
@@ -118,9 +118,9 @@ def chain(model, checkpoint, args):
 
 
 def tell_mixing(energy, checkpoint, args):
-    """Print R-hat (Gelman and Rubin 1992) of eight chains of the first row's class, and how many
-    independent states their second halves are worth: the worst for the energy and the brightness
-    of four quarters. Energies that sink alike lower R-hat."""
+    """Eight chains of the first row's class: print R-hat (Gelman and Rubin 1992) of their second
+    halves and how many independent states these are worth, both for the worst of five numbers, the
+    energy and the brightness of four quarters. If all energies fall alike, R-hat is too low."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 
@@ -168,7 +168,7 @@ def compose(model, checkpoint, args):
     z, t = torch.cat([z for _, z in starts]), model.temperature  # (N, C, H, W), N = 5 * count
 
     def energy(x, i):
-        e1, e2 = expert1(x, i), t / model2.temperature * expert2(x, i)  # (B,) both, of laws at t
+        e1, e2 = expert1(x, i), t / model2.temperature * expert2(x, i)  # (B,), E2 scaled to T = t
         mixture = -t * torch.logaddexp(-e1 / t, -e2 / t)
         e = torch.stack([e1, e2, e1 + e2, mixture, e1 - args.weight * e2], dim=1)  # (B, 5)
         return e[torch.arange(len(i), device=i.device), i // args.count]  # (B, 5) -> (B,)
@@ -265,9 +265,9 @@ def missing_pixels(streams, x, args):
 
 
 def denoise(model, checkpoint, args):
-    """Chains without noise of their own start from an image with Gaussian noise of deviation s and
-    follow E(x, y) + w / (2 s^2) |x - noisy|^2, w times the energy of p(x | noisy) for the prior
-    exp(-E/w), with w = --data-weight / step size. Total variation is there to compare with."""
+    """Chains without noise start from an image plus Gaussian noise of deviation s and descend
+    E(x, y) + w / (2 s^2) |x - noisy|^2, w = --data-weight / step size: up to a constant this is
+    -w log p(x | noisy) for the prior exp(-E/w). Total variation is there to compare with."""
     x, y = given_images(checkpoint, args)  # (N, C, H, W), (N,)
     s = torch.tensor(args.strengths, device=args.device).repeat_interleave(len(x))  # (S * N,)
     streams, z = start_noise(len(s), checkpoint, args)
@@ -380,9 +380,9 @@ def heat_map(x, gradient):
 
 
 def evaluate(model, checkpoint, args):
-    """An independent classifier, the judge, looks at a sample for each of --images test images, of
-    the same class, and in the row `more real` at other test images. agreement: the share that it
-    puts into the class asked for. A blur takes away fine grain, which is no variety."""
+    """An independent classifier, the judge, looks at one sample for each of --images test images,
+    of its class, and in the row `more real` at other test images. agreement: the share that it puts
+    into the class asked for. *_blurred: after a blur, so that fine grain is not seen as variety."""
     if not checkpoint['class_names']:
         fail(f'--mode evaluate: {args.ckpt} is a plain EBM without classes; evaluate a JEM')
     judge, test = load_judge(checkpoint, args), load_test(checkpoint, args)
@@ -409,10 +409,10 @@ def evaluate(model, checkpoint, args):
 
 def load_judge(checkpoint, args):
     """The classifier at --judge, without p(x), on the same data, split in the same way."""
-    flags = checkpoint['args']
+    flags, size = checkpoint['args'], checkpoint['data']['image_shape'][2]
     if not args.judge:
-        fail('--mode evaluate: needs --judge judge/best.pt, a classifier of python train.py --data '
-             f'{flags["data"]} --seed {flags["seed"]} --px-weight 0 --width 48 --out judge')
+        fail('--mode evaluate: needs --judge judge/best.pt: python train.py --width 48 --out judge '
+             f'--data {flags["data"]} --image-size {size} --seed {flags["seed"]} --px-weight 0')
     judge, facts = load_model(args.judge, args.device, args.precision)
     same_data = facts['data'] == checkpoint['data'] and facts['args']['seed'] == flags['seed']
     if facts['args']['px_weight'] or not facts['class_names'] or not same_data:
@@ -422,7 +422,7 @@ def load_judge(checkpoint, args):
 
 def paired_halves(labels, count, seed):
     """Positions (N,) and (N,) of two disjoint random sets of at most `count` images with the same
-    labels, pair by pair: a Frechet distance would count a difference in the classes as well."""
+    labels, pair by pair, so that a Frechet distance does not count how often a class comes."""
     order, pairs = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)), []
     for label in labels.unique():
         members = order[labels[order] == label]  # in random order
@@ -469,7 +469,7 @@ def variety(features, real, y, k=5):
     return [share[others].double().mean().item() for share in (distinct, covered)]
 
 
-Mode = namedtuple('Mode', 'function kind default_steps default_images flags')  # not of all modes
+Mode = namedtuple('Mode', 'function kind default_steps default_images flags')  # flags: not shared
 CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']
@@ -524,7 +524,7 @@ def parse_args(argv=None):
         parser.error(f'--mask {args.mask}: no such image, and none of {", ".join(MASKS)}')
     if args.start and (args.images or args.data):
         parser.error('--start: all of its images are used; leave out --images and --data')
-    if args.start and args.start.with_suffix('').resolve() == (args.out / args.mode).resolve():
+    if args.start and args.start.resolve().with_suffix('') == (args.out / args.mode).resolve():
         parser.error(f'--start {args.start}: would be overwritten; name another --out')
     args.count = args.count or (1 if args.classes and args.mode in ('chain', 'interpolate') else 8)
     args.images = args.images or MODES[args.mode].default_images

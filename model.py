@@ -41,7 +41,7 @@ class EnergyModel(nn.Module):
         self.to(torch.float32, memory_format=torch.channels_last)  # fastest layout of convolutions
 
     def get_logits(self, x):
-        """f(x)[y] for all y: float x (B, C, H, W) in [-1, 1], else TypeError -> (B, K) float32."""
+        """f(x)[y] for all y: x (B, C, H, W) in [-1, 1] -> (B, K) float32. Integer x: TypeError."""
         if not x.is_floating_point():
             raise TypeError(f'images are {x.dtype}; map them to [-1, 1] with data.to_float first')
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
@@ -86,10 +86,10 @@ class FirstConv2d(nn.Conv2d):
     pixel blocks. The sums are the same, but dE/dx takes a CPU half the time."""
 
     def forward(self, x):
+        assert (*self.kernel_size, *self.stride, *self.padding) == (5, 5, 2, 2, 4, 4)
         x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))  # (B, C, H, W) with even H and W
         x = F.pixel_unshuffle(x, 2)                           # (B, 4C, H/2, W/2)
-        weight = F.pad(self.weight, (0, 1, 0, 1))             # (O, C, 5, 5) -> (O, C, 6, 6)
-        weight = F.pixel_unshuffle(weight, 2)                 # (O, 4C, 3, 3)
+        weight = F.pixel_unshuffle(F.pad(self.weight, (0, 1, 0, 1)), 2)  # (O, 4C, 3, 3)
         x, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, weight))
         return F.conv2d(x, weight, self.bias, padding=2)      # (B, O, H/2 + 2, W/2 + 2)
 
@@ -156,7 +156,7 @@ class CommandLine(argparse.ArgumentParser):
         if args.precision == 'auto':
             args.precision = 'bf16' if has_bf16(args.device) else 'fp32'
         if 1 < torch.get_num_threads() == os.cpu_count() and 'OMP_NUM_THREADS' not in os.environ:
-            torch.set_num_threads(os.cpu_count() - 1)  # all wait for one that shares its core
+            torch.set_num_threads(os.cpu_count() - 1)  # all would wait for one whose core is shared
         return args
 
 
@@ -197,7 +197,7 @@ def has_bf16(device):
 
 @contextlib.contextmanager
 def user_mistakes(*kinds):
-    """Tell these in one line, status 2. Ctrl-C, SIGTERM and SLURM's SIGUSR1 exit with 128 + n."""
+    """Tell errors of these `kinds` in one line, status 2. Ctrl-C and the like exit with 128 + n."""
     stops = [n for n in signal.Signals if n.name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2')]
     before = [signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in stops]
     try:

@@ -51,7 +51,7 @@ def parse_args(argv=None):
 
 def infer(model, images, device):
     """Logits (N, K), E(x) (N,), both float64, and dE/dx (N, C, H, W) of uint8 images (N, C, H, W).
-    In float32, 1 - max p would be 0 for thousands of images of a sure classifier, all ties."""
+    In float32, 1 - max p of a sure classifier would be 0 for thousands of images, all ties."""
     logits, gradients = [], []
     for part in images.split(BATCH):
         x = to_float(part.to(device)).requires_grad_()  # (B, C, H, W)
@@ -67,11 +67,11 @@ def all_scores(logits, energy, gradient):
     K > 1 `max_prob`, `entropy`, `max_logit`, then `grad_norm`. For a new one add one line here."""
     scores = {'energy': energy}  # E(x)
     if logits.shape[1] > 1:
-        log_p = logits.log_softmax(1)  # log p(y|x) for T = 1, (N, K): at small T all are 0 or 1
+        log_p = logits.log_softmax(1)  # log p for T = 1, (N, K): at a small T each p is 0 or 1
         scores['max_prob'] = -torch.expm1(log_p.amax(1))  # 1 - max p, Hendrycks and Gimpel 2017
         scores['entropy'] = -(log_p.exp() * log_p).sum(1)  # of softmax f
         scores['max_logit'] = -logits.amax(1)  # min_y E(x, y), which is E(x) for T -> 0
-    # JEM's approximate mass (5.3), negated. The matching term trains it to be small at the data.
+    # Minus JEM's approximate mass (5.3). The matching term trains it to be small at the data.
     scores['grad_norm'] = gradient.flatten(1).norm(dim=1).double()  # ||dE/dx||_2
     return {name: score.numpy() for name, score in scores.items()}
 
@@ -156,7 +156,7 @@ def print_table(scores, metrics, threshold):
               f'{row["fpr95"]:8.4f}{rejected[name]:10.4f}        ',
               *[f'{metrics[name][score]["auroc"]:{len(score)}.4f}' for score in others])
     print(f'rejected: energy above {threshold:.6g}, which keeps {KEEP:.0%} of the validation data '
-          f'and rejects {rejected["test"]:.1%} of the {row["n_id"]} test images')
+          f'and rejects {rejected["test"]:.1%} of the {len(scores["test"]["energy"])} test images')
 
 
 @contextlib.contextmanager
@@ -210,7 +210,7 @@ def show_typical(images, scores, path):
         picked.append(to_float(images[name][index]))  # (11, C, H, W)
         captions += [f'{e:.2f}' for e in energy[index]]
     save_grid(torch.cat(picked), path, 11, rows=list(images), captions=captions,
-              title='of each set image 0 (changed), the five most and the five least typical; E(x)')
+              title='each set: image 0, then the five of lowest and the five of highest E(x)')
 
 
 # --- a threshold, and verdicts on single images ---------------------------------------------------
@@ -289,7 +289,7 @@ def calibrate(models, data, args):
             fitted = fit_temperature(logits_val, data.val.labels)
             for t in sorted({1., model.temperature, fitted}):
                 ece, confidence, accuracy = reliability(logits / t, data.test.labels)
-                ax.plot(confidence, accuracy, marker='o', label=f'T = {t:.2g}: ECE {ece:.4f}')
+                ax.plot(confidence, accuracy, marker='o', label=f't = {t:.2g}: ECE {ece:.4f}')
                 rows.append({'model': name, 'measure': 'ece', 'temperature': t, 'value': ece,
                              'n': len(logits)})
             ax.plot([0, 1], [0, 1], color='grey', linestyle=':')
@@ -352,7 +352,7 @@ def attack(victims, data, args):
             for ax, norm in zip(axes, RADII):
                 accuracy = []
                 for radius in tqdm([0, *RADII[norm]], f'PGD, {norm}, on {name}', unit='radius'):
-                    found = []  # accuracies: attacks past the defence may be stronger at a small T
+                    found = []  # attacks through the defence and past it: the stronger counts
                     for attacked in [defence, None] if defence else [None]:
                         right = []
                         for x, y in batches:  # (B, C, H, W), (B,)
@@ -407,11 +407,11 @@ def load_baseline(args, checkpoint):
     """The plain classifier of --baseline. Its seed must be the same, too: another seed splits some
     data sets differently, and the test images would be among its training images."""
     baseline, plain = load_model(args.baseline, args.device, args.precision)
-    seed = checkpoint['args']['seed']
+    seed, size = checkpoint['args']['seed'], checkpoint['data']['image_shape'][2]
     same_data = plain['data'] == checkpoint['data'] and plain['args']['seed'] == seed
     if plain['args']['px_weight'] or not same_data:
         fail(f'--baseline {args.baseline}: no plain classifier of the data of {args.ckpt}; train '
-             f'one with --px-weight 0 --seed {seed}')
+             f'one with --px-weight 0 --seed {seed} --image-size {size}')
     return baseline
 
 

@@ -19,10 +19,10 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
       gradient is in general the gradient of no energy, so the law of such chains is not known.
 
     Args:
-        energy: callable, (B, C, H, W) -> (B,). A model behind it is left as it is.
+        energy: callable, (B, C, H, W) -> (B,). The weights of a model in it get no gradients.
         x: start of the chains, float32 (B, C, H, W); not changed.
         steps: K, the number of steps.
-        step_size, noise: see above; noise may also be a sequence of K values (else a ValueError).
+        step_size, noise: see above; noise may be a sequence of K values, else a ValueError.
         grad_clip: bound of each |dE/dx|, or None. clamp: (low, high) of the pixels, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).
         callback: called as callback(k, x, e) before step k with the state x and its energies (B,).
@@ -63,9 +63,9 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
     `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p, p <- p - a dE/dx, with
     a = step_size / noise, and is accepted with the probability min(1, exp(H_old - H_new)) for
     H = E/T + |p|^2 / 2. One move proposes a step of `sgld` (Metropolis-adjusted Langevin, MALA).
-    Arguments as there, but noise is one number above 0, and x starts inside the clamp."""
-    noise, bound = noise or (2 * step_size) ** .5, grad_clip or torch.inf
-    t, accepted = noise ** 2 / (2 * step_size), 0
+    Arguments as there, but noise is one number, not 0, and x starts inside the clamp."""
+    noise = noise if noise is not None else (2 * step_size) ** .5
+    t, bound, accepted = noise ** 2 / (2 * step_size), grad_clip or torch.inf, 0
 
     @torch.enable_grad()
     def energy_and_kick(x):  # E(x) (B,), and a dE/dx (B, C, H, W)
@@ -87,7 +87,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
             new_e, new_kick = energy_and_kick(q)
             p = p - new_kick
         rise = (new_e - e) / t + (p.square() - p_start.square()).flatten(1).sum(1) / 2  # of H, (B,)
-        # -log u of a uniform u has the law of (z1^2 + z2^2) / 2, and `randn` has a stream a chain.
+        # -log u of a uniform u has the law of (z1^2 + z2^2) / 2; `randn` gives each chain its own.
         accept = rise < randn((len(x), 2), generator, x.device).square().sum(1) / 2  # (B,)
         mask = accept.view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1)
         x, kick = torch.where(mask, q, x), torch.where(mask, new_kick, kick)
@@ -107,14 +107,14 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
     sampler: the dict of that name in a checkpoint. Kinds: 'training', as the training moves them;
-    'sampling', from noise: 128 steps; with a matching term K = 32, annealed (Kirkpatrick et al.
-        1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end near the
-        energy of data. Slower cooling ends below it, with less variety;
+    'sampling', from noise: 128 steps as in the training; with a matching term K = 32 annealed ones
+        (Kirkpatrick et al. 1983), step k with noise .5 (1 - k/K)^3. Hot chains choose among the
+        modes and end near the energy of data; slower cooling ends below it, with less variety;
     'descent', without noise: the chain is a function of its start.
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
     if kind not in ('training', 'sampling', 'descent'):
         raise ValueError(f'kind {kind!r}: choose training, sampling or descent')
-    # E rises by `slope` for each unit of rms distance, so by default a step moves by .1.
+    # Matching makes E rise by `slope` per unit of rms distance, so a default step moves by .1.
     step_size = step_size or sampler['step_size'] or .1 * sampler['pixels'] / sampler['slope']
     if kind == 'sampling':
         steps = steps or (32 if sampler['matching'] else 128)
@@ -185,8 +185,8 @@ class Reservoir:
 
     def draw(self, ring, generator=None):
         """A chain for each entry of `ring` (B,): x (B, C, H, W), and the slots (B,) to store it."""
-        member = F.one_hot(ring, len(self.lengths))  # (B, R); rings 2 5 2 2 have the order 0 0 1 2
-        order = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B,)
+        member = F.one_hot(ring, len(self.lengths))  # (B, R)
+        order = member.cumsum(0).gather(1, ring[:, None]).squeeze(1) - 1  # (B,): 2 5 2 2 -> 0 0 1 2
         slot = self.first[ring] + (self.head[ring] + order) % self.lengths[ring]  # (B,)
         self.head = (self.head + member.sum(0)) % self.lengths
         x = self.chains[slot]  # (B, C, H, W)
@@ -255,6 +255,6 @@ class CudaGraph:
                 self.result = self.function(*self.inputs)
             self.graph = graph
         except Exception as error:
-            self.generator.graphsafe_set_state(spare)  # the old one still believes in a recording
-            reason = str(error.__context__ or error).splitlines()[0]
+            self.generator.graphsafe_set_state(spare)  # the old state still counts as recording
+            reason = f'{error.__context__ or error!r}'.split('\n')[0]
             print(f'no CUDA graph, plain chains instead: {reason}')

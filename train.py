@@ -29,9 +29,9 @@ from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_f
                   to_float, write_csv)
 from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld, temperature
 
-WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
+WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, limit of the gradient norm, decay
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
-RETREAT, MOST_DROPS = .3, 4  # of the guard: learning-rate factor of a drop, and how many in a row
+RETREAT, MOST_DROPS = .3, 4  # of the guard: learning-rate factor of a drop, and the most drops
 EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
 NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'loss_matching', 'loss_reg',
            'loss', 'grad_norm']  # loss_matching and loss_reg include --matching and --alpha
@@ -56,10 +56,10 @@ def parse_args(argv=None):
     flag('--px-weight', type=weight, default=1., help='weight of p(x) terms; 0: classifier')
     flag('--pyx-weight', type=weight, default=3., help='weight of the cross-entropy')
     flag('--contrast', type=weight, default=1., help='weight of the gap and its L2; 0: no chains')
-    flag('--chains-after', type=number(int, 0), help='epochs before the first chains; default: 2/3')
+    flag('--chains-after', type=number(int, 0), help='epochs before chains; default: 2/3 of them')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term beside the gap')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
-    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E a unit of distance')
+    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E per distance of 1')
     flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
     flag = parser.add_argument_group('optimisation').add_argument
     flag('--epochs', type=count, default=60, help='passes through the training images')
@@ -71,13 +71,13 @@ def parse_args(argv=None):
     flag('--conditional', action=switch, help='chains follow E(x, y), not E(x); default of a JEM')
     flag('--init', choices=['reservoir', 'persistent', 'noise', 'data'], default='reservoir',
          help='where chains start; persistent ones never start afresh, see sampler.py')
-    flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='chain starts')
+    flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='fresh starts')
     flag('--reservoir', type=count, default=2048, help='stored chains, at least 16 a class')
-    flag('--reinit', type=share, default=.05, help='share of them that starts afresh')
+    flag('--reinit', type=share, default=.05, help='share of chains that start afresh')
     flag('--sgld-steps', type=count, default=20, help='K, SGLD steps in an update')
     flag('--step-size', type=number(float, 1e-9), help='default: .1 * pixels / slope')
     flag('--noise', type=weight, default=.02, help='standard deviation in an SGLD step')
-    flag('--grad-clip', type=weight, help='clamps each element of dE/dx, e.g. at .03')
+    flag('--grad-clip', type=number(float, 1e-9), help='clamps each element of dE/dx, e.g. at .03')
     flag('--graph', action=switch, default=True, help='run chains on a GPU as one CUDA graph')
     args = parser.parse_args(argv)
     if args.resume:  # the flags of the run in --out; the command may change those in `free`
@@ -113,7 +113,7 @@ def parse_args(argv=None):
 def px_step(energy_real, energy_synth):
     """The energy gap, (B,) and (B,) -> scalar. For x' ~ p its gradient over the weights is
 
-        grad -T log p(x) = grad E(x) - mean over x' of grad E(x'),    p(x) = exp(-E(x) / T) / Z
+        grad (-T log p(x)) = grad E(x) - mean over x' of grad E(x'),  p(x) = exp(-E(x) / T) / Z
     """
     return energy_real.mean() - energy_synth.mean()
 
@@ -124,20 +124,20 @@ def l2_step(energy_real, energy_synth):
 
 
 def pyx_step(logits, y):
-    """The cross-entropy of softmax f(x)[y]: logits (B, K), labels (B,) -> scalar. It is -log p(y|x)
-    for T = 1, and an upper bound of -T log p(y|x) for T < 1, as T logsumexp(f / T) grows with T."""
+    """The cross-entropy of softmax f(x)[y]: logits (B, K), labels (B,) -> scalar. For T = 1 it is
+    -log p(y|x); for T < 1 it is at least -T log p(y|x), as T logsumexp(f / T) grows with T."""
     return F.cross_entropy(logits, y)
 
 
 def matching_step(energy, x_real, away, slope):
-    """Mean square difference of two gradients at x_real + away (B, C, H, W), both times pixels /
-    slope: dE/dx, and that of a valley around each image, which at a distance r from it (root mean
-    square over the pixels) has the energy slope * sqrt(r^2 + ROUND^2). Far off that is a direction,
-    as in equilibrium matching (Wang and Du 2025), and not the score of noisy data."""
+    """Mean square of (dE/dx - dV/dx) * pixels / slope at x_real + away (B, C, H, W). V is a valley
+    around each image: slope * sqrt(r^2 + ROUND^2) at a distance r from it (root mean square over
+    the pixels). Far off dV/dx is only a direction, as in equilibrium matching (Wang and Du 2025),
+    and not the score of noisy data."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
-    wanted = away / (r ** 2 + ROUND ** 2).sqrt()  # gradient of the valley, times pixels / slope
+    wanted = away / (r ** 2 + ROUND ** 2).sqrt()  # dV/dx * pixels / slope
     return (gradient * x_real[0].numel() / slope - wanted).square().mean()
 
 
@@ -181,7 +181,7 @@ def train(args, data, old_run=()):
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
     def energy(x, y):
-        """What chains follow and matching shapes. Their labels y are those of the batch."""
+        """The energy that chains follow and matching shapes. y: the labels of the batch."""
         return model.energy(x, y if args.conditional else None)  # (B, C, H, W), (B,) -> (B,)
 
     def sample(start, y):
@@ -192,7 +192,7 @@ def train(args, data, old_run=()):
         sample = CudaGraph(sample, generator)
     if args.resume:
         load_run(args.resume, state, history, args)
-    for path in old_run:  # not before now: what is too large for the memory has failed above
+    for path in old_run:  # only now: a model too large for the memory has failed above
         path.unlink()
     save_run(state, history, args, facts)
     total = args.epochs * (len(split) // args.batch_size)
@@ -207,19 +207,19 @@ def train(args, data, old_run=()):
                 loss_pyx = pyx_step(logits, y)
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx}
-
                 if contrast:
-                    # x' ~ p(x|y): K steps of SGLD from stored chains, or the data (task 3.3)
+                    # x' ~ p(x): y of the batch, then x' ~ p(x|y) by K steps of SGLD (task 3.3)
                     start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
                     x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
                     reservoir.store(slot, x_synth)
                     # -T log p(x): data against samples, and the size of the energies
                     energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
-                    terms = {'loss_px': px_step(energy_real, energy_synth),
-                             'loss_reg': args.alpha * l2_step(energy_real, energy_synth)}
-                    loss = loss + args.px_weight * contrast * sum(terms.values())
-                    numbers |= {**terms, 'energy_real': energy_real.mean(),
+                    loss_px = px_step(energy_real, energy_synth)
+                    loss_reg = args.alpha * l2_step(energy_real, energy_synth)
+                    loss = loss + args.px_weight * contrast * (loss_px + loss_reg)
+                    numbers |= {'loss_px': loss_px, 'loss_reg': loss_reg,
+                                'energy_real': energy_real.mean(),
                                 'energy_synth': energy_synth.mean()}
                 if args.matching:  # dE/dx leads back to the data
                     away = ways_to_noise(x_real, args.prior, generator)  # (B, C, H, W)
@@ -227,9 +227,9 @@ def train(args, data, old_run=()):
                         partial(energy, y=y), x_real, away, args.slope)
                     loss = loss + args.px_weight * numbers['loss_matching']
 
-                # descent on the weighted sum; at T = 1 -log p(x, y) = -log p(x) - log p(y|x)
-                left = 1 - history['step'] / total  # the rate falls to 0 in the last third
-                factor = min(1., (history['step'] + 1) / WARMUP, 3 * left)
+                # descent on the weighted sum. For T = 1: -log p(x, y) = -log p(x) - log p(y|x)
+                remaining = 1 - history['step'] / total  # the rate falls to 0 in the last third
+                factor = min(1., (history['step'] + 1) / WARMUP, 3 * remaining)
                 history['lr'] = args.lr * factor * RETREAT ** history['drops']
                 optimizer.param_groups[0]['lr'] = history['lr']
                 optimizer.zero_grad()
@@ -247,9 +247,9 @@ def train(args, data, old_run=()):
                     row = dict(zip(numbers, torch.stack(measured[-10:]).mean(0).tolist()))
                     history['updates'].append({'step': history['step'], **row})
                     bar.set_postfix({k: row[k] for k in ('loss_px', 'loss_pyx') if k in row})
-            history['seconds'] += time.monotonic() - started
             row = dict(zip(numbers, torch.stack(measured).mean(0).tolist()))
-            row |= validate(averaged, val_split, args)  # levels its classes, too
+            history['seconds'] += time.monotonic() - started
+            row |= validate(averaged, val_split, args)  # levels the classes of `averaged`, too
             trouble = find_trouble(row, history, args)
             log_epoch(row, trouble, state, history, args, data, facts)
             if trouble:
@@ -287,7 +287,7 @@ def validate(model, split, args):
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
     f_y = logits[:len(y)].gather(1, y[:, None])  # f(x)[y], (N, 1)
     for k in range(logits.shape[1]) if args.px_weight else []:
-        # Losses hardly fix how high a class lies: give E(x, y) of its images the median 0.
+        # The losses hardly fix the level of a class: give E(x, y) of its images the median 0.
         level = (f_y[y == k] if k in y else f_y).median()  # of all images if it has none here
         logits[:, k] -= level
         model.head.bias[k] -= level
@@ -308,7 +308,7 @@ def log_epoch(row, trouble, state, history, args, data, facts):
     """Count the epoch, write its logs and pictures, and best.pt if its score is the highest."""
     history['epoch'] += 1
     row |= {key: history[key] for key in EPOCH[:-1]}
-    row['event'] = trouble or history.pop('event', '')  # of an epoch that was given up
+    row['event'] = trouble or history.pop('event', '')  # of an epoch that was undone
     history['epochs'].append(row)
     if rank() > 0:
         return
@@ -319,7 +319,7 @@ def log_epoch(row, trouble, state, history, args, data, facts):
             save_checkpoint(file, state['averaged'], **facts, epoch=row['epoch'])
     write_csv(history['epochs'], [*EPOCH, *NUMBERS, *SCORES], args.out / 'log.csv')
     write_csv(history['updates'], ['step', *NUMBERS], args.out / 'updates.csv')
-    if trouble or row['epoch'] % args.picture_every == 0 or row['epoch'] in (1, args.epochs):
+    if row['event'] or row['epoch'] % args.picture_every == 0 or row['epoch'] in (1, args.epochs):
         plot_curves(history, args)
         if args.px_weight:
             draw_samples(state, history, args, data, facts)
@@ -376,8 +376,8 @@ def go_back(trouble, state, history, args):
     """Go back to the epoch before, which is in last.pt, with a lower rate, or give up."""
     drops, event = history['drops'] + 1, f'{trouble} in epoch {history["epoch"]}'
     if drops > MOST_DROPS or not args.guard:
-        raise FloatingPointError(f'training diverged: {event}; last.pt holds the epoch before; use '
-                                 f'an --lr below {args.lr:g} or more --sgld-steps')
+        raise FloatingPointError(f'training diverged: {event}; last.pt holds the epoch before; '
+                                 f'--overwrite it with an --lr below {args.lr:g}')
     load_run(load_model(args.out / 'last.pt')[1], state, history, args)
     history.update(drops=drops, event=f'{event}: back with a lower rate')
 
@@ -408,11 +408,11 @@ def load_run(checkpoint, state, history, args):
         if len(run['ranks']) == ranks() and own['device'] == args.device.type:
             state['generator'].set_state(own['generator'])
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
-        raise CheckpointError(f'{args.out}/last.pt holds no run; use --overwrite') from error
+        raise CheckpointError(f'{args.out}/last.pt: no run ({error}); use --overwrite') from error
 
 
 def check(args, data):
-    """Refuse what cannot work; returns the files of an old run that --overwrite lets go."""
+    """Refuse what cannot work; returns the files of an old run that --overwrite deletes."""
     if args.batch_size % ranks() or args.batch_size > len(data.train):
         fail(f'--batch-size: a multiple of {ranks()} processes, at most {len(data.train)} images')
     if args.model == 'jem' and len(data.class_names) < 2:
