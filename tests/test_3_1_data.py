@@ -2,6 +2,7 @@
 import os
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -505,6 +506,10 @@ def test_npz_files(tmp_path):
         assert torch.equal(getattr(loaded, part).images, getattr(course, part).images)
         assert torch.equal(getattr(loaded, part).labels, getattr(course, part).labels)
     assert len(load_ood(str(tmp_path / 'npz/TEST.NPZ'), loaded)) == 24
+    with zipfile.ZipFile(tmp_path / 'npz/VAL.NPZ', 'a') as file:
+        file.writestr('note.txt', 'no array')
+    with pytest.raises(DataError, match='VAL.NPZ: needs images and labels, but holds'):
+        load_data(str(tmp_path / 'npz'), 16)
 
 
 @pytest.mark.parametrize('colour', ['train', 'val test'])

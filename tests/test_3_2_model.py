@@ -224,7 +224,9 @@ def test_energy_is_smooth():
                                                      (1, 75, 56), (2, 1, 3)])
 def test_first_layer_is_a_5x5_convolution(channels, height, width):
     """Its values, and the gradients of x, weight and bias, are those of conv2d with stride 2 and
-    padding 4, for even and odd sizes."""
+    padding 4, for even and odd sizes. It refuses another stride, which it would ignore."""
+    with pytest.raises(AssertionError):
+        FirstConv2d(channels, 4, 5, stride=1, padding=4)(torch.zeros(1, channels, height, width))
     torch.manual_seed(0)
     layer = FirstConv2d(channels, 4, 5, stride=2, padding=4).double()
     x = torch.randn(2, channels, height, width, dtype=torch.double, requires_grad=True)

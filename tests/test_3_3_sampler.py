@@ -324,7 +324,10 @@ def test_one_leapfrog_step_proposes_the_step_of_sgld():
 
 
 def test_temperature_of_hmc():
-    """T = noise^2 / (2 * step_size) exactly, also for large steps and with a clipped gradient."""
+    """T = noise^2 / (2 * step_size) exactly, also for large steps and with a clipped gradient.
+    There is no law without noise."""
+    with pytest.raises(ZeroDivisionError):
+        draws(hmc, quadratic(1.), (1, 1, 1), 1, .6, noise=0.)
     for clip in (None, .5):
         x, _ = draws(hmc, quadratic(1.), (1, 1, 1), 40, .6, noise=.8, leapfrog=2, grad_clip=clip)
         t = .8 ** 2 / (2 * .6)

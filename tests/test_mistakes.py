@@ -93,6 +93,7 @@ train --data GLYPHS --lr 1e300                                 | --lr: 1e300
 train --data GLYPHS --reinit 1.5                               | --reinit: 1.5
 train --data GLYPHS --step-size 0                              | --step-size: 0
 train --data GLYPHS --step-size inf                            | --step-size: inf
+train --data GLYPHS --grad-clip 0                              | --grad-clip: 0
 train --data GLYPHS --init magic                               | --init ... 'magic' ... reservoir
 train --data GLYPHS --batch-size 61                            | --batch-size ... 60
 train --data GLYPHS --width 99999999999999999999               | --width: 9999 ... 10000000
@@ -122,6 +123,7 @@ generate --ckpt run/best.pt --mode evaluate                    | --judge
 generate --ckpt run/best.pt --mode inpaint --start own/denoise.npy --guidance 2 | --guidance
 generate --ckpt run/best.pt --mode denoise --start nowhere     | nowhere
 generate --ckpt run/best.pt --mode denoise --start note.txt    | note.txt
+generate --ckpt run/best.pt --mode inpaint --start .           | --out ... lies in .
 generate --ckpt run/best.pt --mode denoise --start own/denoise.npy --out own | --start own/
 generate --ckpt run/best.pt --mode inpaint --mask Left         | --mask Left ... left
 generate --ckpt run/best.pt --mode inpaint --mask own/curves.png | --mask own/curves.png

@@ -270,9 +270,9 @@ def test_guard_sees_a_flipped_sign(glyphs, tmp_path, capsys, monkeypatch):
 
 def test_guard_goes_back_and_on(trained, tmp_path):
     """NaN in an epoch: one trip, told in the log, and the epoch again with a lower rate, which then
-    comes back."""
+    comes back. The pictures of the epoch are drawn again."""
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
-    broken, pyx_step = [], train.pyx_step
+    broken, drawn, pyx_step = [], [], train.pyx_step
 
     def break_once(logits, y):
         broken.append(1)
@@ -280,9 +280,11 @@ def test_guard_goes_back_and_on(trained, tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, 'pyx_step', break_once)
+        patch.setattr(train, 'draw_samples', lambda *given: drawn.append(given[1]['epoch']))
         train.main(['--out', str(tmp_path), '--resume', '--epochs', '4', '--device', 'cpu'])
     rows = read_log(tmp_path)
     assert len(rows) == 4 and 'not finite' in rows[2]['event'] and not rows[3]['event']
+    assert drawn == [3, 3, 4]
     for row, level in ((rows[2], 1), (rows[3], .75)):
         rate = 2e-3 * int(row['step']) / train.WARMUP
         assert float(row['lr']) == pytest.approx(rate * train.RETREAT ** level, rel=1e-3)
