@@ -236,8 +236,8 @@ class CudaGraph:
 
     def __call__(self, *inputs):
         if self.graph is not None:
-            for own, given in zip(self.inputs, inputs, strict=True):
-                own.copy_(given)
+            for kept, given in zip(self.inputs, inputs, strict=True):
+                kept.copy_(given)
             self.graph.replay()
             return self.result.clone()  # the next replay overwrites it
         result = self.function(*inputs)  # a first call sets up libraries: it is not recorded

@@ -80,17 +80,17 @@ def parse_args(argv=None):
     flag('--grad-clip', type=number(float, 1e-9), help='clamps each element of dE/dx, e.g. at .03')
     flag('--graph', action=switch, default=True, help='run chains on a GPU as one CUDA graph')
     args = parser.parse_args(argv)
-    if args.resume:  # the flags of the run in --out; the command may change those in `free`
-        free = {'epochs', 'picture_every', 'graph', 'data', 'data_root'}
+    if args.resume:  # the flags of the run in --out; a few may change later
+        later = {'epochs', 'picture_every', 'graph', 'guard', 'data', 'data_root'}
         checkpoint = load_model(args.out / 'last.pt')[1]
-        own = {'resume', 'overwrite', 'out', 'device'}  # this command's
-        saved = {key: value for key, value in checkpoint['args'].items() if key not in own}
+        here = {'resume', 'overwrite', 'out', 'device'}  # these count for this command alone
+        saved = {key: value for key, value in checkpoint['args'].items() if key not in here}
         parser.set_defaults(**saved)
         args = parser.parse_args(argv)
         args.resume = checkpoint  # instead of True
         if args.epochs < checkpoint['epoch']:
             parser.error(f'--epochs {args.epochs}: this run has {checkpoint["epoch"]}; name more')
-        for key in [key for key in saved if saved[key] != getattr(args, key) and key not in free]:
+        for key in [key for key in saved if saved[key] != getattr(args, key) and key not in later]:
             parser.error(f'--{key.replace("_", "-")}: this run has {saved[key]}; leave it out')
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
     if args.chains_after is None:  # without the matching term nothing else would shape dE/dx
@@ -384,11 +384,11 @@ def go_back(trouble, state, history, args):
 
 def save_run(state, history, args, facts):
     """last.pt: a checkpoint of the averaged weights, and all that --resume needs."""
-    own = {'reservoir': state['reservoir'].state_dict(), 'device': args.device.type,
-           'generator': state['generator'].get_state()}
-    of_ranks = [own] * ranks()
+    of_rank = {'reservoir': state['reservoir'].state_dict(), 'device': args.device.type,
+               'generator': state['generator'].get_state()}
+    of_ranks = [of_rank] * ranks()
     if ranks() > 1:
-        dist.gather_object(own, of_ranks if rank() == 0 else None)
+        dist.gather_object(of_rank, of_ranks if rank() == 0 else None)
     if rank() == 0:
         run = {name: state[name].state_dict() for name in ('model', 'averaged', 'optimizer')}
         with atomic_write(args.out / 'last.pt') as file:
@@ -403,10 +403,10 @@ def load_run(checkpoint, state, history, args):
         for name in ('model', 'averaged', 'optimizer'):
             state[name].load_state_dict(run[name])
         history.update(run['history'])
-        own = run['ranks'][rank() % len(run['ranks'])]
-        state['reservoir'].load_state_dict(own['reservoir'])
-        if len(run['ranks']) == ranks() and own['device'] == args.device.type:
-            state['generator'].set_state(own['generator'])
+        of_rank = run['ranks'][rank() % len(run['ranks'])]
+        state['reservoir'].load_state_dict(of_rank['reservoir'])
+        if len(run['ranks']) == ranks() and of_rank['device'] == args.device.type:
+            state['generator'].set_state(of_rank['generator'])
     except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         raise CheckpointError(f'{args.out}/last.pt: no run ({error}); use --overwrite') from error
 

@@ -310,7 +310,9 @@ def test_guard_waits_for_a_gap_that_mends_itself():
 # --- the flags ------------------------------------------------------------------------------------
 
 def test_resume_refuses_another_run(trained, tmp_path, refused):
-    """--resume names the flag that differs, or the missing last.pt, and changes nothing."""
+    """--resume names the flag that differs, or the missing last.pt, and changes nothing. The way
+    out that the guard names is open."""
+    assert not train.parse_args(['--out', str(trained), '--resume', '--no-guard']).guard
     before = (trained / 'last.pt').read_bytes()
     resume = partial(refused, train.main, '--out', trained, '--resume', '--device', 'cpu')
     assert '--width' in resume('--width', 6) and '--conditional' in resume('--no-conditional')
