@@ -164,7 +164,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
 def check_parts(name, parts, class_names):
     """Refuse parts from which nothing can be learned, and tell which classes are missing."""
     for part, split in parts.items():
-        blank = int((split.images.amax((1, 2, 3)) == 0).sum())  # `prepare` makes one level 0
+        blank = int((split.images.amax((1, 2, 3)) == 0).sum())  # `prepare` makes these 0
         if blank > len(split) / 2:
             raise DataError(f'--data {name}: {blank} of the {len(split)} {part} images are blank, '
                             'of one level throughout; mend or remove them')
@@ -437,7 +437,7 @@ def printable(name):
 # No real data: matplotlib's typefaces, printed badly on purpose. A notebook may set another dtype.
 
 PRESS_VERSION = 1  # rises when the pixels change
-# How many prints of each letter, uneven as in any text. It omits capitals that only enlarge their
+# How many prints of each letter, uneven as in any text. The list omits capitals that only enlarge their
 # lowercase letter (C O S V W X Z), look like an l (I) or are younger than the press (J U).
 PRINTS = dict(
     a=690, b=520, c=680, d=690, e=715, f=600, g=520, h=620, i=710, j=180, k=120, l=690, m=700,

@@ -119,8 +119,8 @@ def chain(model, checkpoint, args):
 
 def tell_mixing(energy, checkpoint, args):
     """Eight chains of the first row's class: print R-hat (Gelman and Rubin 1992) of their second
-    halves and how many independent states these are worth, both for the worst of five numbers, the
-    energy and the brightness of four quarters. If all energies fall alike, R-hat is too low."""
+    halves and how many independent states these are worth: the worst for the energy and the
+    brightness of four quarters. If all energies fall alike, R-hat is too low."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 
@@ -469,7 +469,7 @@ def variety(features, real, y, k=5):
     return [share[others].double().mean().item() for share in (distinct, covered)]
 
 
-Mode = namedtuple('Mode', 'function kind default_steps default_images flags')  # flags: not shared
+Mode = namedtuple('Mode', 'function kind default_steps default_images flags')  # not of all modes
 CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']

@@ -197,7 +197,7 @@ def has_bf16(device):
 
 @contextlib.contextmanager
 def user_mistakes(*kinds):
-    """Tell errors of these `kinds` in one line, status 2. Ctrl-C and the like exit with 128 + n."""
+    """Tell these and our errors in one line, status 2. Ctrl-C, SIGTERM, ... exit with 128 + n."""
     stops = [n for n in signal.Signals if n.name in ('SIGINT', 'SIGTERM', 'SIGUSR1', 'SIGUSR2')]
     before = [signal.signal(n, lambda n, _: sys.exit(128 + n)) for n in stops]
     try:

@@ -210,7 +210,7 @@ def show_typical(images, scores, path):
         picked.append(to_float(images[name][index]))  # (11, C, H, W)
         captions += [f'{e:.2f}' for e in energy[index]]
     save_grid(torch.cat(picked), path, 11, rows=list(images), captions=captions,
-              title='each set: image 0, then the five of lowest and the five of highest E(x)')
+              title='of each set image 0 (changed), the five most and the five least typical; E(x)')
 
 
 # --- a threshold, and verdicts on single images ---------------------------------------------------

@@ -19,10 +19,10 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
       gradient is in general the gradient of no energy, so the law of such chains is not known.
 
     Args:
-        energy: callable, (B, C, H, W) -> (B,). The weights of a model in it get no gradients.
+        energy: callable, (B, C, H, W) -> (B,). A model behind it keeps its flags and gradients.
         x: start of the chains, float32 (B, C, H, W); not changed.
         steps: K, the number of steps.
-        step_size, noise: see above; noise may be a sequence of K values, else a ValueError.
+        step_size, noise: see above; noise may be a sequence, of K values, else a ValueError.
         grad_clip: bound of each |dE/dx|, or None. clamp: (low, high) of the pixels, or None.
         generator: torch.Generator for the noise, or a list of B of them (see `randn`).
         callback: called as callback(k, x, e) before step k with the state x and its energies (B,).
@@ -63,7 +63,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
     `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p, p <- p - a dE/dx, with
     a = step_size / noise, and is accepted with the probability min(1, exp(H_old - H_new)) for
     H = E/T + |p|^2 / 2. One move proposes a step of `sgld` (Metropolis-adjusted Langevin, MALA).
-    Arguments as there, but noise is one number, not 0, and x starts inside the clamp."""
+    Arguments as there, but noise is None or one number above 0, and x starts inside the clamp."""
     noise = noise if noise is not None else (2 * step_size) ** .5
     t, bound, accepted = noise ** 2 / (2 * step_size), grad_clip or torch.inf, 0
 
@@ -107,14 +107,14 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
     sampler: the dict of that name in a checkpoint. Kinds: 'training', as the training moves them;
-    'sampling', from noise: 128 steps as in the training; with a matching term K = 32 annealed ones
-        (Kirkpatrick et al. 1983), step k with noise .5 (1 - k/K)^3. Hot chains choose among the
+    'sampling', from noise: 128 steps with the training's noise; with a matching term K = 32 annealed
+        ones (Kirkpatrick et al. 1983), step k with noise .5 (1 - k/K)^3. Hot chains choose among the
         modes and end near the energy of data; slower cooling ends below it, with less variety;
     'descent', without noise: the chain is a function of its start.
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
     if kind not in ('training', 'sampling', 'descent'):
         raise ValueError(f'kind {kind!r}: choose training, sampling or descent')
-    # Matching makes E rise by `slope` per unit of rms distance, so a default step moves by .1.
+    # Matching makes E rise by up to `slope` per rms distance: a default step moves by up to .1.
     step_size = step_size or sampler['step_size'] or .1 * sampler['pixels'] / sampler['slope']
     if kind == 'sampling':
         steps = steps or (32 if sampler['matching'] else 128)

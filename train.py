@@ -29,7 +29,7 @@ from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_f
                   to_float, write_csv)
 from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld, temperature
 
-WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, limit of the gradient norm, decay
+WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient norm, of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
 RETREAT, MOST_DROPS = .3, 4  # of the guard: learning-rate factor of a drop, and the most drops
 EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
@@ -56,10 +56,10 @@ def parse_args(argv=None):
     flag('--px-weight', type=weight, default=1., help='weight of p(x) terms; 0: classifier')
     flag('--pyx-weight', type=weight, default=3., help='weight of the cross-entropy')
     flag('--contrast', type=weight, default=1., help='weight of the gap and its L2; 0: no chains')
-    flag('--chains-after', type=number(int, 0), help='epochs before chains; default: 2/3 of them')
+    flag('--chains-after', type=number(int, 0), help='epochs before the first chains; default: 2/3')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term beside the gap')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
-    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E per distance of 1')
+    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E at a distance of 1')
     flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
     flag = parser.add_argument_group('optimisation').add_argument
     flag('--epochs', type=count, default=60, help='passes through the training images')
@@ -71,7 +71,7 @@ def parse_args(argv=None):
     flag('--conditional', action=switch, help='chains follow E(x, y), not E(x); default of a JEM')
     flag('--init', choices=['reservoir', 'persistent', 'noise', 'data'], default='reservoir',
          help='where chains start; persistent ones never start afresh, see sampler.py')
-    flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='fresh starts')
+    flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='chain starts')
     flag('--reservoir', type=count, default=2048, help='stored chains, at least 16 a class')
     flag('--reinit', type=share, default=.05, help='share of chains that start afresh')
     flag('--sgld-steps', type=count, default=20, help='K, SGLD steps in an update')
@@ -208,7 +208,7 @@ def train(args, data, old_run=()):
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx}
                 if contrast:
-                    # x' ~ p(x): y of the batch, then x' ~ p(x|y) by K steps of SGLD (task 3.3)
+                    # x' ~ p(x|y): K steps of SGLD from stored chains, or the data (task 3.3)
                     start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
                     x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
                     reservoir.store(slot, x_synth)
