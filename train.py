@@ -29,7 +29,7 @@ from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_f
                   to_float, write_csv)
 from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld, temperature
 
-WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient norm, of averages
+WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
 RETREAT, MOST_DROPS = .3, 4  # of the guard: learning-rate factor of a drop, and the most drops
 EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
