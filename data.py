@@ -129,12 +129,11 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
     if not 0 <= seed < 2 ** 32:
         raise DataError(f'--seed {seed}: name a number from 0 to {2 ** 32 - 1}')
     size = like['image_shape'][-1] if like else image_size
-    ood = {}
+    parts, ood = {}, {}
     tell_ambiguous('--data', name, NAMES)
     if name == 'letterpress':
         parts, class_names, ood = load_letterpress(size or 56, data_root, seed)
     elif name in SETS:
-        parts = {}
         for part in ['train', 'test'] if SETS[name][3] else ['train']:
             parts[part], class_names = load_set(name, part, size, data_root)
     elif os.path.isdir(name):
@@ -164,7 +163,7 @@ def load_data(name, image_size=None, data_root='.data', seed=0, like=None):
 def check_parts(name, parts, class_names):
     """Refuse parts from which nothing can be learned, and tell which classes are missing."""
     for part, split in parts.items():
-        blank = int((split.images.amax((1, 2, 3)) == 0).sum())  # `prepare` makes these 0
+        blank = count_blank(split.images)
         if blank > len(split) / 2:
             raise DataError(f'--data {name}: {blank} of the {len(split)} {part} images are blank, '
                             'of one level throughout; mend or remove them')
@@ -181,6 +180,11 @@ def check_parts(name, parts, class_names):
     if len(parts) < len(SPLITS) and counts.min() < needed:  # 10 % of 10, or 15 % of 8, is one
         raise DataError(f'--data {name}: class {class_names[counts.argmin()]} has {counts.min()} '
                         f'of the {needed} train images needed to split them; add some')
+
+
+def count_blank(images):
+    """How many of the images (N, C, H, W) are of one level: `prepare` makes these 0."""
+    return int((images.amax((1, 2, 3)) == 0).sum())
 
 
 def check_apart(out, *inputs):
@@ -437,7 +441,7 @@ def printable(name):
 # No real data: matplotlib's typefaces, printed badly on purpose. A notebook may set another dtype.
 
 PRESS_VERSION = 1  # rises when the pixels change
-# How many prints of each letter, uneven as in any text. The list omits capitals that only enlarge their
+# Prints of each letter, uneven as in any text. The list omits capitals that only enlarge their
 # lowercase letter (C O S V W X Z), look like an l (I) or are younger than the press (J U).
 PRINTS = dict(
     a=690, b=520, c=680, d=690, e=715, f=600, g=520, h=620, i=710, j=180, k=120, l=690, m=700,
@@ -672,7 +676,7 @@ def load_ood(name, data, seed=0, data_root='.data'):
         return load_set(name, 'test', size, data_root, channels)[0].images
     if os.path.exists(name):
         images, _ = load_images(name, size, channels)
-        if blank := int((images.amax((1, 2, 3)) == 0).sum()):
+        if blank := count_blank(images):
             tell(f'--ood {name}: {blank} of {len(images)} images are blank')
         return images
     raise DataError(f'--ood {name}: no such path and no known set; choose from {", ".join(known)}')

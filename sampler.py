@@ -107,9 +107,9 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
     sampler: the dict of that name in a checkpoint. Kinds: 'training', as the training moves them;
-    'sampling', from noise: 128 steps with the training's noise; with a matching term K = 32 annealed
-        ones (Kirkpatrick et al. 1983), step k with noise .5 (1 - k/K)^3. Hot chains choose among the
-        modes and end near the energy of data; slower cooling ends below it, with less variety;
+    'sampling', from noise: 128 steps; with a matching term K = 32, annealed (Kirkpatrick et al.
+        1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end near the
+        energy of data. Slower cooling ends below it, with less variety;
     'descent', without noise: the chain is a function of its start.
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
     if kind not in ('training', 'sampling', 'descent'):

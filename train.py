@@ -59,7 +59,7 @@ def parse_args(argv=None):
     flag('--chains-after', type=number(int, 0), help='epochs before the first chains; default: 2/3')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term beside the gap')
     flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
-    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='rise of E at a distance of 1')
+    flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='slope of E far from images')
     flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
     flag = parser.add_argument_group('optimisation').add_argument
     flag('--epochs', type=count, default=60, help='passes through the training images')
