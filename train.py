@@ -72,7 +72,7 @@ def parse_args(argv=None):
     flag('--init', choices=['reservoir', 'persistent', 'noise', 'data'], default='reservoir',
          help='where chains start; persistent ones never start afresh, see sampler.py')
     flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='chain starts')
-    flag('--reservoir', type=count, default=2048, help='stored chains, at least 16 a class')
+    flag('--reservoir', type=count, default=2048, help='stored chains; more if a batch needs more')
     flag('--reinit', type=share, default=.05, help='share of chains that start afresh')
     flag('--sgld-steps', type=count, default=20, help='K, SGLD steps in an update')
     flag('--step-size', type=number(float, 1e-9), help='default: .1 * pixels / slope')

@@ -618,6 +618,13 @@ def test_rings_are_as_long_as_their_class_is_frequent():
     assert reservoir.lengths.tolist() == [400, 95, 8]
 
 
+def test_a_batch_finds_a_slot_for_each_image():
+    """Also with fewer slots than images: else two chains of a batch would share one."""
+    reservoir = make_reservoir('reservoir', torch.zeros(100, dtype=torch.long), 64, 5, (1, 2, 2))
+    slots = reservoir.draw(torch.zeros(64, dtype=torch.long))[1]
+    assert len(slots.unique()) == 64
+
+
 @pytest.mark.parametrize('init, reinit', [('persistent', 0), ('noise', 1)])
 def test_chains_without_a_reservoir(init, reinit):
     """Each class has a slot for every image of a batch; chains start afresh never or always."""

@@ -224,8 +224,8 @@ def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
 def test_joint_model_learns(glyphs, tmp_path, precision):
     """A JEM learns the bars in fp32 and bf16, and uniform noise gets a higher energy than they
     have."""
-    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '90', '--lr',
-                '.003', '--sgld-steps', '6', '--width', '8', '--picture-every', '90',
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '40', '--lr',
+                '.006', '--sgld-steps', '4', '--width', '8', '--picture-every', '40',
                 '--precision', precision])
     assert float(read_log(tmp_path)[-1]['val_accuracy']) > .85
     model, _ = load_model(tmp_path / 'best.pt')
