@@ -214,8 +214,8 @@ def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kin
                    generator=None):
     """The chains of `train.py --init`, on the device of `labels` (N,): a ring for each class.
 
-    reservoir: as many slots as asked for, or a batch. Each class has its share, so that all chains
-        are revisited equally often; at least 16, because a batch seldom has more of a rare class.
+    reservoir: slots in proportion to the frequency of the class, so that all chains are revisited
+        equally often. A class has at least 16: a batch seldom has more images of a rare class.
     persistent: a batch of chains a ring, never afresh. noise: always afresh. data: not used."""
     share = labels.cpu().bincount() / len(labels)  # (R,)
     lengths = (share * max(slots, batch_size)).ceil().clamp_min(min(16, batch_size)).int().tolist()
