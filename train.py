@@ -4,9 +4,9 @@
     python train.py --resume                         go on with the run in this folder
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
-Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt is the
-epoch with the best score; once chains run, epochs without them do not count. The score is the mean
-of val_auprc (macro AUPRC of softmax f; not for an EBM) and val_auroc (E(x); not for a classifier).
+Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt is of the
+epoch with the best score, if chains run one with chains: the mean of val_auprc (macro AUPRC of
+softmax f; not for an EBM) and val_auroc (E(x); not for a classifier).
 """
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
                    rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
@@ -74,14 +74,14 @@ def parse_args(argv=None):
     flag('--prior', choices=['mixed', 'gaussian', 'uniform'], default='mixed', help='chain starts')
     flag('--reservoir', type=count, default=2048, help='stored chains; more if a batch needs more')
     flag('--reinit', type=share, default=.05, help='share of chains that start afresh')
+    flag('--anneal-every', type=number(int, 0), help='1 in N updates from noise; default 3; 0 off')
     flag('--sgld-steps', type=count, default=20, help='K, SGLD steps in an update')
     flag('--step-size', type=number(float, 1e-9), help='default: .1 * pixels / slope')
     flag('--noise', type=weight, default=.02, help='standard deviation in an SGLD step')
     flag('--grad-clip', type=number(float, 1e-9), help='clamps each element of dE/dx, e.g. at .03')
-    flag('--graph', action=switch, default=True, help='run chains on a GPU as one CUDA graph')
     args = parser.parse_args(argv)
     if args.resume:  # the flags of the run in --out; a few may change later
-        later = {'epochs', 'picture_every', 'graph', 'guard', 'data', 'data_root'}
+        later = {'epochs', 'picture_every', 'guard', 'data', 'data_root'}
         checkpoint = load_model(args.out / 'last.pt')[1]
         here = {'resume', 'overwrite', 'out', 'device'}  # these count for this command alone
         saved = {key: value for key, value in checkpoint['args'].items() if key not in here}
@@ -95,6 +95,8 @@ def parse_args(argv=None):
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
     if args.chains_after is None:  # without the matching term nothing else would shape dE/dx
         args.chains_after = 2 * args.epochs // 3 if args.matching else 0
+    if args.anneal_every is None:  # annealing needs a shaped energy; other starts are studied alone
+        args.anneal_every = 3 if args.matching and args.init == 'reservoir' else 0
     if not args.px_weight:
         args.contrast = args.matching = 0.
     if args.contrast and args.chains_after >= args.epochs:
@@ -124,16 +126,15 @@ def l2_step(energy_real, energy_synth):
 
 
 def pyx_step(logits, y):
-    """The cross-entropy of softmax f(x)[y]: logits (B, K), labels (B,) -> scalar. For T = 1 it is
-    -log p(y|x); for T < 1 it is at least -T log p(y|x), as T logsumexp(f / T) grows with T."""
+    """Cross-entropy of softmax f(x)[y], (B, K) and (B,) -> scalar: -log p(y|x) for T = 1. For T < 1
+    it is at least -T log p(y|x), as T logsumexp(f / T) grows with T."""
     return F.cross_entropy(logits, y)
 
 
 def matching_step(energy, x_real, away, slope):
     """Mean square of (dE/dx - dV/dx) * pixels / slope at x_real + away (B, C, H, W). V is a valley
-    around each image: slope * sqrt(r^2 + ROUND^2) at a distance r from it (root mean square over
-    the pixels). Far off dV/dx is only a direction, as in equilibrium matching (Wang and Du 2025),
-    and not the score of noisy data."""
+    around each image: slope * sqrt(r^2 + ROUND^2) at the distance r (root mean square of pixels).
+    Far off dV/dx is a direction, not a score, as in equilibrium matching (Wang and Du 2025)."""
     x = (x_real + away).requires_grad_()
     gradient, = torch.autograd.grad(energy(x).sum(), x, create_graph=True)  # (B, C, H, W)
     r = away.square().mean(dim=(1, 2, 3), keepdim=True).sqrt()  # (B, 1, 1, 1)
@@ -180,16 +181,14 @@ def train(args, data, old_run=()):
     facts = {'args': {**vars(args), 'resume': None, 'out': str(args.out), 'device': str(device)},
              'data': data.describe(), 'sampler': sampler}  # for generate.py and ood.py
 
-    def energy(x, y):
-        """The energy that chains follow and matching shapes. y: the labels of the batch."""
-        return model.energy(x, y if args.conditional else None)  # (B, C, H, W), (B,) -> (B,)
+    energy = model.energy if args.conditional else lambda x, y: model.energy(x)
 
-    def sample(start, y):
-        return sgld(partial(energy, y=y), start, generator=generator,
-                    **chain_settings(sampler, 'training'))
+    def sample(kind, x, y):
+        return sgld(partial(energy, y=y), x, generator=generator, **chain_settings(sampler, kind))
 
-    if device.type == 'cuda' and args.graph:
-        sample = CudaGraph(sample, generator)
+    sample, anneal = partial(sample, 'training'), partial(sample, 'sampling')
+    if device.type == 'cuda':
+        sample, anneal = CudaGraph(sample, generator), CudaGraph(anneal, generator)
     if args.resume:
         load_run(args.resume, state, history, args)
     for path in old_run:  # only now: a model too large for the memory has failed above
@@ -208,10 +207,14 @@ def train(args, data, old_run=()):
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx}
                 if contrast:
-                    # x' ~ p(x|y): K steps of SGLD from stored chains, or the data (task 3.3)
-                    start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
-                    x_synth = sample(x_real if args.init == 'data' else start, y)  # (B, C, H, W)
-                    reservoir.store(slot, x_synth)
+                    # x' ~ p(x|y), (B, C, H, W): SGLD from stored chains or the data (task 3.3), or
+                    # annealed from noise: cold chains do not learn how often a shape comes up
+                    if args.anneal_every and (history['step'] + 1) % args.anneal_every == 0:
+                        x_synth = anneal(prior('gaussian', x_real.shape, generator, device), y)
+                    else:
+                        start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
+                        x_synth = sample(x_real if args.init == 'data' else start, y)
+                        reservoir.store(slot, x_synth)
                     # -T log p(x): data against samples, and the size of the energies
                     energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
                     energy_synth = model.energy(perturb(x_synth, args, generator))  # (B,)
@@ -226,7 +229,6 @@ def train(args, data, old_run=()):
                     numbers['loss_matching'] = args.matching * matching_step(
                         partial(energy, y=y), x_real, away, args.slope)
                     loss = loss + args.px_weight * numbers['loss_matching']
-
                 # descent on the weighted sum. For T = 1: -log p(x, y) = -log p(x) - log p(y|x)
                 remaining = 1 - history['step'] / total  # the rate falls to 0 in the last third
                 factor = min(1., (history['step'] + 1) / WARMUP, 3 * remaining)
@@ -418,8 +420,6 @@ def check(args, data):
     if args.model == 'jem' and len(data.class_names) < 2:
         fail(f'--data {args.data} has one class only, and a JEM needs two; use --model ebm')
     check_apart(args.out, args.data)
-    if args.epochs * len(data.train) < 500 * args.batch_size and not args.resume and rank() == 0:
-        print('fewer than 500 updates are few to learn from; raise --epochs or lower --batch-size')
     names = ['last.pt', 'best.pt', 'log.csv', 'updates.csv', 'curves.png', 'samples/epoch_*.png']
     there = [path for name in names for path in args.out.glob(name)]
     if there and not args.resume and not args.overwrite:

@@ -14,7 +14,7 @@ import train
 from conftest import QUICK
 from hints import assert_close, nearest_slip
 from model import EnergyModel, load_model
-from sampler import prior, sgld
+from sampler import chain_settings, prior, sgld
 
 
 def read_log(folder, name='log.csv'):
@@ -189,7 +189,7 @@ def first_update(monkeypatch, glyphs, tmp_path, *flags):
         raise Stop
     monkeypatch.setattr(train, 'average', stop)
     with pytest.raises(Stop):
-        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *flags])
+        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *map(str, flags)])
     return seen
 
 
@@ -221,6 +221,32 @@ def test_chains_follow_the_labels_of_the_batch(monkeypatch, glyphs, tmp_path):
     assert torch.equal(reservoir.chains[seen['slot']], seen['x_synth'])
     ring_of_slot = torch.arange(3).repeat_interleave(reservoir.lengths)  # (slots,)
     assert torch.equal(ring_of_slot[seen['slot']], y)
+
+
+def test_annealed_chains_start_from_noise(monkeypatch, glyphs, tmp_path):
+    """With --anneal-every 1 all chains start from N(0, 0.01) and move as generate.py draws them. The
+    stored chains stay as they are."""
+    seen = first_update(monkeypatch, glyphs, tmp_path, '--anneal-every', 1)
+    assert abs(seen['moved'].std() - .1) < .01 and abs(seen['moved'].mean()) < .01, (
+        'annealed chains start from gaussian noise, not in the reservoir')
+    facts = {'steps': 2, 'step_size': None, 'noise': .02, 'grad_clip': None, 'matching': 10.,
+             'slope': 40., 'pixels': 256}
+    expected = chain_settings(facts, 'sampling')
+    assert {key: seen['settings'][key] for key in expected} == expected, 'annealed as in generate'
+    assert 'stored' not in seen, 'stored chains are those that go on, without annealed ones'
+
+
+@pytest.mark.parametrize('flags, steps', [([], [2, 2, 32, 2, 2, 32]), (['--matching', 0], [2] * 6),
+                                          (['--init', 'persistent'], [2] * 6),
+                                          (['--anneal-every', 2], [2, 32, 2, 32, 2, 32])])
+def test_every_third_update_is_annealed(monkeypatch, glyphs, tmp_path, flags, steps):
+    """By default stored chains move in two of three updates, annealed ones in the third. Without
+    the matching term, or with another start of the chains, none are annealed."""
+    seen = []
+    monkeypatch.setattr(train, 'sgld', lambda energy, x, steps, **_: seen.append(steps) or x)
+    monkeypatch.setattr(train, 'draw_samples', lambda *_: None)  # it draws chains, too
+    train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *map(str, flags)])
+    assert seen == steps
 
 
 def test_without_labels_chains_follow_the_marginal_energy(monkeypatch, glyphs, tmp_path):

@@ -189,16 +189,17 @@ class Finished(Exception):
     pass
 
 
-def update_three_times(monkeypatch, tmp_path, watch, device, *flags):
-    """Three updates on 48 bars; all but the first run while `watch`, a context manager, is open."""
+def update_six_times(monkeypatch, tmp_path, watch, device, *flags):
+    """Six updates on 48 bars; the last three run while `watch`, a context manager, is open."""
     images, labels = bars(48, 0)
     images = torch.from_numpy(images).clamp(0, 255).byte()[:, None, :16, :16]  # (48, 1, 16, 16)
     split = Split(images, torch.from_numpy(labels))
 
     def batches(count, args, epoch):
         index = torch.arange(16, device=device)
-        yield index  # the first update sets up libraries, and records the graph
-        for _ in range(2):
+        for _ in range(3):  # these set up libraries, and record the graphs of both kinds of chains
+            yield index
+        for _ in range(3):
             with watch():
                 yield index
         raise Finished
@@ -223,15 +224,15 @@ def test_updates_do_not_wait(monkeypatch, tmp_path, flags):
             (train, 'make_reservoir', lambda *_: Reservoir([16] * 3, (1, 16, 16), device='meta')),
             (train, 'save_run', lambda *_: None)]:
         monkeypatch.setattr(owner, name, stand_in)
-    update_three_times(monkeypatch, tmp_path, NothingIsBrought, 'meta', *flags)
+    update_six_times(monkeypatch, tmp_path, NothingIsBrought, 'meta', *flags)
 
 
 # --- on a real GPU --------------------------------------------------------------------------------
 
 @on_gpu
-@pytest.mark.parametrize('flag', ['--graph', '--no-graph'])
-def test_updates_do_not_wait_for_a_gpu(monkeypatch, tmp_path, flag):
-    """No call in an update, after the first, makes the CPU wait."""
+@pytest.mark.parametrize('record', [CudaGraph, lambda function, _: function])
+def test_updates_do_not_wait_for_a_gpu(monkeypatch, tmp_path, record):
+    """No call in an update, after the first three, makes the CPU wait."""
     @contextlib.contextmanager
     def watch():
         torch.cuda.set_sync_debug_mode('error')
@@ -240,19 +241,21 @@ def test_updates_do_not_wait_for_a_gpu(monkeypatch, tmp_path, flag):
         finally:
             torch.cuda.set_sync_debug_mode('default')
 
-    update_three_times(monkeypatch, tmp_path, watch, 'cuda', flag)
+    monkeypatch.setattr(train, 'CudaGraph', record)
+    update_six_times(monkeypatch, tmp_path, watch, 'cuda')
 
 
 @on_gpu
 @pytest.mark.parametrize('precision', ['fp32', 'bf16'])
-def test_graph_is_the_plain_chain_on_a_gpu(glyphs, tmp_path, precision):
+def test_graph_is_the_plain_chain_on_a_gpu(monkeypatch, glyphs, tmp_path, precision):
     """Runs with and without the graph differ by rounding only, and draw equally many numbers."""
     runs = []
-    for flag in ('--graph', '--no-graph'):
+    for name, record in [('graph', CudaGraph), ('plain', lambda function, _: function)]:
+        monkeypatch.setattr(train, 'CudaGraph', record)
         with torch.backends.cudnn.flags(enabled=True, deterministic=True):
             train.main(['--data', str(glyphs), *QUICK, '--device', 'cuda', '--precision', precision,
-                        '--epochs', '1', '--out', str(tmp_path / flag), flag])
-        saved = torch.load(tmp_path / flag / 'last.pt', weights_only=True)
+                        '--epochs', '1', '--out', str(tmp_path / name)])
+        saved = torch.load(tmp_path / name / 'last.pt', weights_only=True)
         runs.append(saved['run']['ranks'][0])
     chains, expected = (run['reservoir']['chains'] for run in runs)
     torch.testing.assert_close(chains, expected, rtol=.02, atol=.02)
