@@ -106,7 +106,7 @@ def randn(shape, generator=None, device='cpu'):
 def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
-    sampler: the dict of that name in a checkpoint. Kinds: 'training', as the training moves them;
+    sampler: the dict of that name in a checkpoint. Kinds: 'training', as stored chains move;
     'sampling', from noise: 128 steps; with a matching term K = 32, annealed (Kirkpatrick et al.
         1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end near the
         energy of data. Slower cooling ends below it, with less variety;

@@ -207,8 +207,8 @@ def train(args, data, old_run=()):
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx}
                 if contrast:
-                    # x' ~ p(x|y), (B, C, H, W): SGLD from stored chains or the data (task 3.3), or
-                    # annealed from noise: cold chains do not learn how often a shape comes up
+                    # x' ~ p(x|y), (B, C, H, W): SGLD (task 3.3) from stored chains or data: these
+                    # stay near one shape. Chains from noise learn how often each shape comes up.
                     if args.anneal_every and (history['step'] + 1) % args.anneal_every == 0:
                         x_synth = anneal(prior('gaussian', x_real.shape, generator, device), y)
                     else:

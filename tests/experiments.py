@@ -107,6 +107,8 @@ for labels in (1, 5, 10, 50):
         f'{labels} a class, drawn labels': ('', few(labels) + DRAWN),
         f'{labels} a class, drawn labels, no contrast': ('--contrast 0', few(labels) + DRAWN),
     }
+EXPERIMENTS |= {'a third of the updates annealed': ('--anneal-every 3', []),
+                'all chains annealed': ('--anneal-every 1', [])}
 ALONE = [name for name in EXPERIMENTS if name.endswith(' alone')]  # the losses without p(x)
 COLUMNS = ['experiment', 'seconds', 'accuracy', 'test', 'loss_px', 'agreement', 'distinct',
            'frechet', 'flipped', 'blurred', 'noise', 'ece']
@@ -271,7 +273,7 @@ def main(argv=None):
     judge, table = out / 'judge', out / 'experiments.csv'
     train = ['train.py', '--data', args.data, '--data-root', args.data_root,
              '--epochs', str(args.epochs), '--seed', str(args.seed), '--device', 'cpu',
-             '--chains-after', '0']
+             '--chains-after', '0', '--anneal-every', '0']
     if not any(args.only in name for name in EXPERIMENTS):
         parser.error(f'--only {args.only}: no such name; choose from {", ".join(EXPERIMENTS)}')
     done = judge / 'done'  # holds the settings of this folder

@@ -43,7 +43,8 @@ for seed in 0 1 2; do
     classifier $judge letterpress $seed 3 48
     classifier plain-letterpress-$seed letterpress $seed 3 32
     run letterpress-$seed letterpress $seed $judge --epochs 3
-    run letterpress-full-$seed letterpress $seed $judge --epochs 3 --chains-after 0
+    run letterpress-stored-$seed letterpress $seed $judge --epochs 3 --anneal-every 0
+    run letterpress-full-$seed letterpress $seed $judge --epochs 3 --chains-after 0 --anneal-every 0
     run letterpress-matching-$seed letterpress $seed $judge --epochs 3 --contrast 0
     run letterpress-time-$seed letterpress $seed $judge --epochs 6 --contrast 0
     run letterpress-chains-$seed letterpress $seed $judge --epochs 3 --matching 0
@@ -52,7 +53,8 @@ run letterpress-tutorial letterpress 1 judge-letterpress-1 --epochs 1 --matching
     --step-size 10 --noise .005 --data-noise .005 --grad-clip .03 --prior uniform \
     --no-conditional --no-guard --sgld-steps 60 --lr 1e-4 --pyx-weight 1 --reservoir 8192
 for epochs in 10 30 60; do
-    run letterpress-$epochs letterpress 0 judge-letterpress-0 --epochs $epochs --chains-after 0
+    run letterpress-$epochs letterpress 0 judge-letterpress-0 --epochs $epochs \
+        --chains-after 0 --anneal-every 0
 done
 for seed in 0 1; do
     run letterpress-late-60-$seed letterpress $seed judge-letterpress-$seed --epochs 60
@@ -62,7 +64,8 @@ for seed in 0 1 2; do
     classifier $judge digits $seed 60 48
     classifier plain-digits-$seed digits $seed 60 32
     run digits-$seed digits $seed $judge --epochs 60
-    run digits-full-$seed digits $seed $judge --epochs 60 --chains-after 0
+    run digits-stored-$seed digits $seed $judge --epochs 60 --anneal-every 0
+    run digits-full-$seed digits $seed $judge --epochs 60 --chains-after 0 --anneal-every 0
     run digits-start-$seed digits $seed $judge --epochs 20
     run digits-matching-$seed digits $seed $judge --epochs 60 --contrast 0
     run digits-time-$seed digits $seed $judge --epochs 120 --contrast 0
@@ -72,7 +75,8 @@ for seed in 0 1 2; do
     classifier judge-mnist-$seed mnist $seed 2 48
     classifier plain-mnist-$seed mnist $seed 2 32
     run mnist-$seed mnist $seed judge-mnist-$seed --epochs 2
-    run mnist-full-$seed mnist $seed judge-mnist-$seed --epochs 2 --chains-after 0
+    run mnist-stored-$seed mnist $seed judge-mnist-$seed --epochs 2 --anneal-every 0
+    run mnist-full-$seed mnist $seed judge-mnist-$seed --epochs 2 --chains-after 0 --anneal-every 0
 done
 for digit in 1 4 5 7 9; do
     data=runs/tables/data-without-$digit
@@ -90,16 +94,18 @@ if [ -n "${GLYPHS:-}" ]; then
         classifier $judge "$GLYPHS" $seed 3 48
         classifier plain-glyphs-$seed "$GLYPHS" $seed 3 32
         run glyphs-$seed "$GLYPHS" $seed $judge --epochs 3
+        run glyphs-stored-$seed "$GLYPHS" $seed $judge --epochs 3 --anneal-every 0
         run glyphs-matching-$seed "$GLYPHS" $seed $judge --epochs 3 --contrast 0
         run glyphs-time-$seed "$GLYPHS" $seed $judge --epochs 6 --contrast 0
     done
-    run glyphs-full-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --chains-after 0
-    run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0
+    run glyphs-full-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --chains-after 0 --anneal-every 0
+    run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0 --anneal-every 0
     run glyphs-chains-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --matching 0
     run glyphs-late-10 "$GLYPHS" 0 judge-glyphs-0 --epochs 10
     run glyphs-late-60-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 60
     run glyphs-late-60-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 60
     for epochs in 10 30 60; do
-        run glyphs-$epochs "$GLYPHS" 0 judge-glyphs-0 --epochs $epochs --chains-after 0
+        run glyphs-$epochs "$GLYPHS" 0 judge-glyphs-0 --epochs $epochs \
+            --chains-after 0 --anneal-every 0
     done
 fi
