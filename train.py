@@ -4,9 +4,9 @@
     python train.py --resume                         go on with the run in this folder
     torchrun --nproc-per-node 4 train.py             one process a GPU, each with a share of a batch
 
-Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt is of the
-epoch with the best score, if chains run one with chains: the mean of val_auprc (macro AUPRC of
-softmax f; not for an EBM) and val_auroc (E(x); not for a classifier).
+Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt has the
+best score, the mean of val_auprc (macro AUPRC of softmax f; not for an EBM) and val_auroc (E(x);
+not for a classifier). Once chains run, only epochs with them count.
 """
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
                    rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
