@@ -6,8 +6,7 @@
 
 Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt has the
 best score, the mean of val_auprc (macro AUPRC of softmax f; not for an EBM) and val_auroc (E(x);
-not for a classifier). Once chains run, only epochs with them count.
-"""
+not for a classifier). Once chains run, only epochs with them count."""
 from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
                    rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
 import argparse
@@ -115,8 +114,7 @@ def parse_args(argv=None):
 def px_step(energy_real, energy_synth):
     """The energy gap, (B,) and (B,) -> scalar. For x' ~ p its gradient over the weights is
 
-        grad (-T log p(x)) = grad E(x) - mean over x' of grad E(x'),  p(x) = exp(-E(x) / T) / Z
-    """
+        grad (-T log p(x)) = grad E(x) - mean over x' of grad E(x'),  p(x) = exp(-E(x) / T) / Z"""
     return energy_real.mean() - energy_synth.mean()
 
 
@@ -420,6 +418,8 @@ def check(args, data):
     if args.model == 'jem' and len(data.class_names) < 2:
         fail(f'--data {args.data} has one class only, and a JEM needs two; use --model ebm')
     check_apart(args.out, args.data)
+    if args.epochs * len(data.train) < 500 * args.batch_size and not args.resume and rank() == 0:
+        print('fewer than 500 updates are few to learn from; raise --epochs or lower --batch-size')
     names = ['last.pt', 'best.pt', 'log.csv', 'updates.csv', 'curves.png', 'samples/epoch_*.png']
     there = [path for name in names for path in args.out.glob(name)]
     if there and not args.resume and not args.overwrite:
