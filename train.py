@@ -181,10 +181,10 @@ def train(args, data, old_run=()):
 
     energy = model.energy if args.conditional else lambda x, y: model.energy(x)
 
-    def sample(kind, x, y):
+    def move(kind, x, y):
         return sgld(partial(energy, y=y), x, generator=generator, **chain_settings(sampler, kind))
 
-    sample, anneal = partial(sample, 'training'), partial(sample, 'sampling')
+    sample, anneal = partial(move, 'training'), partial(move, 'sampling')
     if device.type == 'cuda':
         sample, anneal = CudaGraph(sample, generator), CudaGraph(anneal, generator)
     if args.resume:
@@ -205,8 +205,8 @@ def train(args, data, old_run=()):
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx}
                 if contrast:
-                    # x' ~ p(x|y), (B, C, H, W): SGLD (task 3.3) from stored chains or data: these
-                    # stay near one shape. Chains from noise learn how often each shape comes up.
+                    # x' ~ p(x|y), (B, C, H, W): SGLD (task 3.3). Stored chains stay near one shape;
+                    # from annealed ones the energy learns how often each shape comes up.
                     if args.anneal_every and (history['step'] + 1) % args.anneal_every == 0:
                         x_synth = anneal(prior('gaussian', x_real.shape, generator, device), y)
                     else:

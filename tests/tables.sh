@@ -66,7 +66,7 @@ for seed in 0 1 2; do
     run digits-$seed digits $seed $judge --epochs 60
     run digits-stored-$seed digits $seed $judge --epochs 60 --anneal-every 0
     run digits-full-$seed digits $seed $judge --epochs 60 --chains-after 0 --anneal-every 0
-    run digits-start-$seed digits $seed $judge --epochs 20
+    run digits-start-$seed digits $seed $judge --epochs 20 --anneal-every 0
     run digits-matching-$seed digits $seed $judge --epochs 60 --contrast 0
     run digits-time-$seed digits $seed $judge --epochs 120 --contrast 0
     run digits-chains-$seed digits $seed $judge --epochs 60 --matching 0

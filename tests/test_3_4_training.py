@@ -189,7 +189,7 @@ def first_update(monkeypatch, glyphs, tmp_path, *flags):
         raise Stop
     monkeypatch.setattr(train, 'average', stop)
     with pytest.raises(Stop):
-        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *map(str, flags)])
+        train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, *flags])
     return seen
 
 
@@ -226,7 +226,7 @@ def test_chains_follow_the_labels_of_the_batch(monkeypatch, glyphs, tmp_path):
 def test_annealed_chains_start_from_noise(monkeypatch, glyphs, tmp_path):
     """With --anneal-every 1 all chains start from N(0, 0.01) and move as generate.py draws. Stored
     chains stay as they are."""
-    seen = first_update(monkeypatch, glyphs, tmp_path, '--anneal-every', 1)
+    seen = first_update(monkeypatch, glyphs, tmp_path, '--anneal-every', '1')
     assert abs(seen['moved'].std() - .1) < .01 and abs(seen['moved'].mean()) < .01, (
         'annealed chains start from gaussian noise, not in the reservoir')
     facts = {'steps': 2, 'step_size': None, 'noise': .02, 'grad_clip': None, 'matching': 10.,
