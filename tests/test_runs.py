@@ -45,6 +45,12 @@ def assert_same(a, b):
             assert a[key] == b[key] or a[key] != a[key], key  # NaN is equal to nothing
 
 
+@pytest.fixture(autouse=True)
+def empty_curves(monkeypatch):
+    """Plotting takes longer than a tiny epoch. Other tests have the real curves.png."""
+    monkeypatch.setattr(train, 'plot_curves', lambda _, args: (args.out / 'curves.png').touch())
+
+
 # --- a run ----------------------------------------------------------------------------------------
 
 def test_without_contrast_no_chain_is_drawn(monkeypatch, glyphs, tmp_path):

@@ -122,11 +122,11 @@ def test_readme_quotes_no_solution():
     assert student.without_quotes(text, []) == text
 
 
-def pytest_says(folder, *words):
-    """The output of pytest in a folder."""
+def start_pytest(folder, *words):
+    """A process of pytest in a folder."""
     command = [sys.executable, '-m', 'pytest', '-p', 'no:cacheprovider', '--tb=line', *words]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'}).stdout
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True,
+                            env={**os.environ, 'OMP_NUM_THREADS': '1'})
 
 
 def test_tests_fail_by_the_name_of_their_task(exercise, tmp_path):
@@ -136,14 +136,15 @@ def test_tests_fail_by_the_name_of_their_task(exercise, tmp_path):
     others = [task for task in TASKS if task != '3.5']
     markers = ' or '.join(f'task{task.replace(".", "")}' for task in others)
     files = [str(path) for path in sorted((exercise / 'tests').glob('test_3_*.py'))]
-    said = pytest_says(exercise, '-m', markers, '-k', quick, *files)
+    student.main(['--out', str(tmp_path / 'one'), '--tasks', '3.5'])
+    processes = [start_pytest(exercise, '-m', markers, '-k', quick, *files),  # side by side
+                 start_pytest(tmp_path / 'one', '-m', 'task35', '-x', '-k', 'chain_starts',
+                              'tests/test_3_5_generate.py')]
+    said, said_of_one = [process.communicate()[0] for process in processes]
     for task in others:
         assert f'NotImplementedError: task {task}: ' in said, said
     assert 'passed' not in said
-    student.main(['--out', str(tmp_path / 'one'), '--tasks', '3.5'])
-    said = pytest_says(tmp_path / 'one', '-m', 'task35', '-x', '-k', 'chain_starts',
-                       'tests/test_3_5_generate.py')
-    assert 'NotImplementedError: task 3.5: ' in said, said
+    assert 'NotImplementedError: task 3.5: ' in said_of_one, said_of_one
 
 
 def test_folders_that_exist_are_refused(exercise, refused, tmp_path):
