@@ -57,7 +57,7 @@ class EnergyModel(nn.Module):
         return self.energy_of_logits(self.get_logits(x), y)
 
     def energy_of_logits(self, logits, y=None):
-        """f(x)[y] (B, K) -> E(x) or E(x, y) (B,): the only place that knows the sign of the energy.
+        """f(x)[y] (B, K) -> E(x) or E(x, y) (B,): here the energy gets its sign and temperature.
         y: an int, one label (1,) or B labels (B,), from 0 to K - 1; else a ValueError."""
         if y is None:
             return -self.temperature * (logits / self.temperature).logsumexp(1)  # (B, K) -> (B,)

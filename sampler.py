@@ -14,7 +14,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
 
     * `noise=None` is sqrt(2 * step_size). With eta = 2 * step_size this is the lecture's
       x - eta/2 dE/dx + sqrt(eta) xi, whose stationary law tends to exp(-E)/Z as eta -> 0.
-    * With other noise it is exp(-E/T)/Z with the temperature T = noise^2 / (2 * step_size).
+    * With other noise it tends to exp(-E/T)/Z with the temperature T = noise^2 / (2 * step_size).
     * With the clamp the law is confined to the box (projected Langevin dynamics). A clipped
       gradient is in general the gradient of no energy, so the law of such chains is not known.
 
@@ -58,7 +58,7 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
 
 def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.), generator=None,
         leapfrog=1):
-    """Hamiltonian Monte Carlo (Neal 2011): its law is exp(-E/T) in the box, with steps of any size.
+    """Hamiltonian Monte Carlo (Neal 2011): exp(-E/T) in the box is its stationary law at any step.
     Returns the last state and the share of accepted steps (B,). A step draws p ~ N(0, I), moves
     `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p, p <- p - a dE/dx, with
     a = step_size / noise, and is accepted with the probability min(1, exp(H_old - H_new)) for
@@ -108,8 +108,8 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
 
     sampler: the dict of that name in a checkpoint. Kinds: 'training', as stored chains move;
     'sampling', from noise: 128 steps; with a matching term K = 32, annealed (Kirkpatrick et al.
-        1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end near the
-        energy of data. Slower cooling ends below it, with less variety;
+        1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end colder than
+        T, near the energy of data. Slower cooling ends below it, with less variety;
     'descent', without noise: the chain is a function of its start.
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
     if kind not in ('training', 'sampling', 'descent'):
@@ -127,8 +127,8 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
 
 
 def temperature(sampler):
-    """T = noise^2 / (2 step_size) of the law exp(-E/T) of the training chains; at least 1e-9. It is
-    1.3e-6 for the course's step 10 and noise .005, and 2.6e-5 for train.py at 56x56."""
+    """T = noise^2 / (2 step_size) of the stored chains, whose law is exp(-E/T) without a gradient
+    clip. At least 1e-9, as E(x) divides by T. With the defaults it is 2.6e-5 for 56x56 pixels."""
     settings = chain_settings(sampler, 'training')
     return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 

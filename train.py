@@ -31,7 +31,7 @@ from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgl
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
 ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
 RETREAT, MOST_DROPS = .3, 4  # of the guard: learning-rate factor of a drop, and the most drops
-EPOCH = ['epoch', 'step', 'seconds', 'lr', 'event']  # columns of log.csv, as NUMBERS and SCORES
+PROGRESS = ['epoch', 'step', 'seconds', 'lr']  # log.csv: these, event, then NUMBERS and SCORES
 NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'loss_matching', 'loss_reg',
            'loss', 'grad_norm']  # loss_matching and loss_reg include --matching and --alpha
 SCORES = ['val_accuracy', 'val_auprc', 'val_auroc', 'energy_noise', 'score']
@@ -57,7 +57,7 @@ def parse_args(argv=None):
     flag('--contrast', type=weight, default=1., help='weight of the gap and its L2; 0: no chains')
     flag('--chains-after', type=number(int, 0), help='epochs before the first chains; default: 2/3')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term beside the gap')
-    flag('--matching', type=weight, default=10., help='weight of the term for dE/dx')
+    flag('--matching', type=weight, default=10., help='weight of the dE/dx term, towards --prior')
     flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='slope of E far from images')
     flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
     flag = parser.add_argument_group('optimisation').add_argument
@@ -94,7 +94,7 @@ def parse_args(argv=None):
     args.conditional = args.model == 'jem' if args.conditional is None else args.conditional
     if args.chains_after is None:  # without the matching term nothing else would shape dE/dx
         args.chains_after = 2 * args.epochs // 3 if args.matching else 0
-    if args.anneal_every is None:  # annealing needs a shaped energy; other starts are studied alone
+    if args.anneal_every is None and not args.resume:  # a run older than this flag goes on without
         args.anneal_every = 3 if args.matching and args.init == 'reservoir' else 0
     if not args.px_weight:
         args.contrast = args.matching = 0.
@@ -152,7 +152,7 @@ def ways_to_noise(x_real, kind, generator):
 # --- the loop -----------------------------------------------------------------------------------
 
 def train(args, data, old_run=()):
-    """Algorithm 1 of JEM (Grathwohl et al. 2020) with an L2 and a matching term. All that a run
+    """After Algorithm 1 of JEM (Grathwohl et al. 2020), with an L2 and a matching term. What a run
     changes is in `state` and `history`, saved after each epoch: a resumed run is the same run."""
     device, split, val_split = args.device, data.train.to(args.device), data.val.to(args.device)
     num_classes = len(data.class_names) if args.model == 'jem' else 1
@@ -205,8 +205,8 @@ def train(args, data, old_run=()):
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx}
                 if contrast:
-                    # x' ~ p(x|y), (B, C, H, W): SGLD (task 3.3). Stored chains stay near one shape;
-                    # from annealed ones the energy learns how often each shape comes up.
+                    # x' (B, C, H, W): SGLD (task 3.3). Stored chains follow p(x|y), but keep to one
+                    # shape. Annealed ones end in many: E learns how often they end in each.
                     if args.anneal_every and (history['step'] + 1) % args.anneal_every == 0:
                         x_synth = anneal(prior('gaussian', x_real.shape, generator, device), y)
                     else:
@@ -307,17 +307,17 @@ def validate(model, split, args):
 def log_epoch(row, trouble, state, history, args, data, facts):
     """Count the epoch, write its logs and pictures, and best.pt if its score is the highest."""
     history['epoch'] += 1
-    row |= {key: history[key] for key in EPOCH[:-1]}
+    row |= {key: history[key] for key in PROGRESS}
     row['event'] = trouble or history.pop('event', '')  # of an epoch that was undone
     history['epochs'].append(row)
     if rank() > 0:
         return
-    chains = [old for old in history['epochs'] if 'loss_px' in old]  # the epochs with chains
-    best = not trouble and row['score'] == max(old['score'] for old in chains or history['epochs'])
+    rivals = [old for old in history['epochs'] if 'loss_px' in old] or history['epochs']
+    best = not trouble and row['score'] == max(old['score'] for old in rivals)
     if best:
         with atomic_write(args.out / 'best.pt') as file:
             save_checkpoint(file, state['averaged'], **facts, epoch=row['epoch'])
-    write_csv(history['epochs'], [*EPOCH, *NUMBERS, *SCORES], args.out / 'log.csv')
+    write_csv(history['epochs'], [*PROGRESS, 'event', *NUMBERS, *SCORES], args.out / 'log.csv')
     write_csv(history['updates'], ['step', *NUMBERS], args.out / 'updates.csv')
     if row['event'] or row['epoch'] % args.picture_every == 0 or row['epoch'] in (1, args.epochs):
         plot_curves(history, args)
@@ -367,9 +367,9 @@ def find_trouble(row, history, args):
     """Why an epoch has diverged, or ''. The gap saturates at -1/alpha if chains cannot follow."""
     if not all(map(math.isfinite, row.values())) or row.get('loss_px') == 0:
         return 'a number is not finite, or all energies are equal'
-    gaps = [update.get('loss_px', 0.) for update in history['updates'][-5:]]  # of 50 updates
-    lost = args.guard and history['step'] > 5 * WARMUP and abs(np.mean(gaps)) * args.alpha > .95
-    return 'energy gap saturated at 1/alpha (see --no-guard)' if lost else ''
+    gaps = [update.get('loss_px', 0.) for update in history['updates'][-5:]]  # rows of updates.csv
+    saturated = history['step'] > 5 * WARMUP and abs(np.mean(gaps)) * args.alpha > .95
+    return 'energy gap saturated at 1/alpha (see --no-guard)' if args.guard and saturated else ''
 
 
 def go_back(trouble, state, history, args):

@@ -48,7 +48,7 @@ def test_every_command_parses(page, monkeypatch, tmp_path):
 
 def known_words():
     """Functions, classes, methods, parameters, and the names of sets, scores, modes, columns."""
-    words = {*data.NAMES, *data.MADE, *data.PRESS_OOD, *generate.MODES, *train.EPOCH,
+    words = {*data.NAMES, *data.MADE, *data.PRESS_OOD, *generate.MODES, *train.PROGRESS, 'event',
              *train.NUMBERS, *train.SCORES, 'ood_ta', 'ood_tb', 'energy', 'max_prob',
              'entropy', 'max_logit', 'grad_norm', 'baseline_max_prob', 'baseline_energy', 'GLYPHS',
              'torchrun', *vars(torch.nn)}

@@ -327,6 +327,17 @@ def test_resume_refuses_another_run(trained, tmp_path, refused):
     assert before == (trained / 'last.pt').read_bytes()
 
 
+def test_a_run_older_than_annealing_goes_on_without_it(trained, tmp_path):
+    """Its last.pt does not hold the flag."""
+    resume = ['--out', str(tmp_path), '--resume']
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    assert train.parse_args(resume).anneal_every == 3
+    checkpoint = torch.load(tmp_path / 'last.pt', weights_only=True)
+    del checkpoint['args']['anneal_every']
+    torch.save(checkpoint, tmp_path / 'last.pt')
+    assert not train.parse_args(resume).anneal_every
+
+
 def test_a_run_is_not_overwritten_unasked(trained, glyphs, refused):
     """The message names the three ways out, and every file stays as it is."""
     before = {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
