@@ -281,12 +281,11 @@ def denoise(model, checkpoint, args):
         return prior_energy(state, i % len(x)) + w / (2 * s[i] ** 2) * distance
     done = draw(energy, noisy.clamp(-1, 1), args)[0]  # (S * N, C, H, W)
     smooth = total_variation(noisy, s)  # (S * N, C, H, W)
-    columns = {'image': x}
-    for i, strength in enumerate(args.strengths):
-        part = slice(i * len(x), (i + 1) * len(x))
-        columns[f'noise {strength:g}'] = noisy[part].clamp(-1, 1)  # (N, C, H, W)
-        columns[f'TV {strength:g}'] = smooth[part].clamp(-1, 1)
-        columns[f'SGLD {strength:g}'] = done[part]
+    columns, parts = {'image': x}, [images.split(len(x)) for images in (noisy, smooth, done)]
+    for strength, noisy_x, smooth_x, done_x in zip(args.strengths, *parts):  # (N, C, H, W) each
+        columns[f'noise {strength:g}'] = noisy_x.clamp(-1, 1)
+        columns[f'TV {strength:g}'] = smooth_x.clamp(-1, 1)
+        columns[f'SGLD {strength:g}'] = done_x
     return save_columns(columns, list(columns)[1:], 'Gaussian noise removed; PSNR in dB', args)
 
 
@@ -394,13 +393,14 @@ def evaluate(model, checkpoint, args):
     rows = []
     for name, images in [('more real', test.batch(second)[0]), ('samples', x)]:
         sharp, soft, logits = judge_features(judge, images, args)  # (N, D) both, (N, K)
-        row = {'images': name, 'agreement': (logits.argmax(1) == y).double().mean().item(),
+        row = {'agreement': (logits.argmax(1) == y).double().mean().item(),
                'frechet': frechet_distance(sharp, sharp_real)}
         row['distinct'], row['coverage'] = variety(sharp, sharp_real, y)
         row['distinct_blurred'], row['coverage_blurred'] = variety(soft, soft_real, y)
-        print(f'{name:9}', *[f' {key} {value:.3f}' for key, value in list(row.items())[1:]])
-        rows.append({**row, 'n': len(y)})  # the samples come last: `logits` below are theirs
+        print(f'{name:9}', *[f' {key} {value:.3f}' for key, value in row.items()])
+        rows.append({'images': name, **row, 'n': len(y)})
     write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
+    # The samples came last, so these logits are theirs.
     least = logits.softmax(1)[torch.arange(len(y)), y].argsort()[:64]  # (N, K) -> (N,) -> (64,)
     save_grid(x[least], args.out / 'evaluate.png', 8, 'samples of the lowest p(y|x) of the judge, '
               'and the class asked for', captions=class_names(y[least], checkpoint))
@@ -469,7 +469,7 @@ def variety(features, real, y, k=5):
     return [share[others].double().mean().item() for share in (distinct, covered)]
 
 
-Mode = namedtuple('Mode', 'function kind default_steps default_images flags')  # not of all modes
+Mode = namedtuple('Mode', 'function kind default_steps default_images flags')
 CHAIN, TEST = ['steps', 'step_size', 'guidance', 'gif'], ['images', 'data', 'data_root']
 FROM_NOISE = [*CHAIN, 'noise', 'classes', 'count']
 FROM_IMAGES = [*CHAIN, *TEST, 'start', 'classes']

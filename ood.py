@@ -322,7 +322,7 @@ def attack_gradient(model, x, y, defence, generator):
 
 
 def pgd(model, x, y, norm, radius, defence, generator):
-    """Projected gradient descent (Madry et al. 2018) in the ball of `radius` (in [-1, 1]) around x:
+    """Projected gradient descent (Madry et al. 2018) in the ball of `radius` around x, in [-1, 1]:
     images (B, C, H, W). One start, last iterate: accuracies found are upper bounds."""
     def length(delta):
         return delta.flatten(1).norm(dim=1)[:, None, None, None].clamp_min(1e-12)  # (B, 1, 1, 1)
@@ -353,7 +353,7 @@ def attack(victims, data, args):
                 accuracy = []
                 for radius in tqdm([0, *RADII[norm]], f'PGD, {norm}, on {name}', unit='radius'):
                     found = []  # attacks through the defence and past it: the stronger counts
-                    for attacked in [defence, None] if defence else [None]:
+                    for attacked in [defence, None] if defence and radius else [None]:
                         right = []
                         for x, y in batches:  # (B, C, H, W), (B,)
                             if radius:

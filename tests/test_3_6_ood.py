@@ -10,7 +10,7 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 import ood
 from conftest import bars
-from data import load_data, load_ood, prepare, to_float, to_uint8
+from data import Data, Split, load_data, load_ood, prepare, to_float, to_uint8
 from hints import assert_close
 from model import EnergyModel, load_model, save_checkpoint
 from sampler import sgld
@@ -460,6 +460,20 @@ def test_trust(trained, others, tmp_path, monkeypatch):
     assert {settings['noise'] for settings in steps} == {sampler['noise']}
     for name in ('calibration', 'robustness', 'distal'):
         assert (tmp_path / f'{name}.png').stat().st_size > 1000
+
+
+def test_the_defence_is_attacked_in_two_ways_and_measured_once_without(tmp_path, monkeypatch):
+    """The lesser of two random runs of the defence would be too low where there is no attack."""
+    runs = []
+    monkeypatch.setattr(ood, 'RADII', {'Linf': [.1]})
+    monkeypatch.setattr(ood, 'pgd', lambda model, x, *_: x)
+    monkeypatch.setattr(ood, 'defend', lambda energy, x, *_: runs.append(x) or x)
+    images = torch.zeros(3, 1, 2, 2, dtype=torch.uint8)
+    split = Split(images, torch.zeros(3, dtype=torch.long))
+    zeros = Data(split, split, split, ['a', 'b'])
+    args = types.SimpleNamespace(seed=0, trust=3, device='cpu', out=tmp_path)
+    ood.attack({'defended': (Bowl(None), {'steps': 1})}, zeros, args)
+    assert len(runs) == 1 + 2
 
 
 def test_mistakes(trained, others, tmp_path, refused):
