@@ -23,7 +23,7 @@ from tqdm import tqdm
 SPLITS = {'train': ['train', 'training'], 'val': ['val', 'valid', 'validation', 'dev'],
           'test': ['test', 'testing']}  # names of their files or folders, in upper or lower case
 SETS = {'digits': 16, 'mnist': 28, 'fashion-mnist': 28, 'kmnist': 28, 'emnist-letters': 28,
-        'cifar10': 32, 'svhn': 32, 'omniglot': 56}  # and the default of their image size
+        'cifar10': 32, 'svhn': 32, 'omniglot': 56}  # name: default image size
 NAMES = ['letterpress', *SETS]
 sys.stderr = sys.stderr or open(os.devnull, 'w')  # it may be closed, which tqdm does not survive
 ARRAYS = ('.npy', '.npz')
@@ -206,16 +206,16 @@ def open_set(name, part, data_root, download=False):
         digits = datasets.load_digits()
         return list(zip(digits.images, digits.target))
     from torchvision import datasets  # slow to import
-    flags = {'root': data_root, 'download': download}
+    place = {'root': data_root, 'download': download}
     if name == 'omniglot':
-        return datasets.Omniglot(**flags)
+        return datasets.Omniglot(**place)
     if name == 'svhn':
-        return datasets.SVHN(split=part, **flags)
+        return datasets.SVHN(split=part, **place)
     if name == 'emnist-letters':
-        return datasets.EMNIST(split='letters', train=part == 'train', **flags)
+        return datasets.EMNIST(split='letters', train=part == 'train', **place)
     kind = {'mnist': datasets.MNIST, 'fashion-mnist': datasets.FashionMNIST,
             'kmnist': datasets.KMNIST, 'cifar10': datasets.CIFAR10}[name]
-    return kind(train=part == 'train', **flags)
+    return kind(train=part == 'train', **place)
 
 
 def load_set(name, part, image_size, data_root, channels=None):
