@@ -149,7 +149,7 @@ def interpolate(model, checkpoint, args):
 
 def compose(model, checkpoint, args):
     """Two experts and their compositions, a row each (Du et al. 2020): two classes (by default the
-    first two) or two checkpoints. "1 or 2" mixes both laws equally only if their Z are equal."""
+    first two) or two checkpoints. "1 or 2" is an even mixture only if both Z are equal."""
     if not args.ckpt2:
         args.classes = args.classes or checkpoint['class_names'][:2]
     names = args.classes or [args.ckpt, args.ckpt2]

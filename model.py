@@ -1,6 +1,6 @@
 """The energy-based model (course task 3.2): one network, the sign of its energy, its checkpoints.
 
-One network gives K logits f(x)[y], and one law follows from them, p(x, y) = exp(-E(x, y) / T) / Z:
+One network gives K logits f(x)[y]. They define p(x, y) = exp(-E(x, y) / T) / Z:
 
     E(x, y) = -f(x)[y]                      joint energy
     E(x)    = -T logsumexp_y(f(x)[y] / T)   marginal energy, of p(x) = exp(-E(x) / T) / Z

@@ -280,7 +280,7 @@ def reliability(logits, labels, bins=15):
 
 
 def calibrate(models, data, args):
-    """ECE of softmax(f / t) at t = 1, at the law's T, and at the t fitted: rows of trust.csv."""
+    """ECE of softmax(f / t) at t = 1, at the model's T, and at the t fitted: rows of trust.csv."""
     rows = []
     with panels(list(models), args.out / 'calibration.png', 'confidence', 'accuracy') as axes:
         for ax, (name, model) in zip(axes, models.items()):

@@ -1,7 +1,6 @@
 """SGLD, HMC and the reservoir: how samples are drawn from an energy (course task 3.3).
 
-Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,).
-"""
+Nothing here knows a network: an energy is any function from images (B, C, H, W) to (B,)."""
 import torch
 import torch.nn.functional as F
 
@@ -13,10 +12,10 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
         x <- x - step_size * dE/dx + noise * xi,    xi ~ N(0, I)
 
     * `noise=None` is sqrt(2 * step_size). With eta = 2 * step_size this is the lecture's
-      x - eta/2 dE/dx + sqrt(eta) xi, whose stationary law tends to exp(-E)/Z as eta -> 0.
+      x - eta/2 dE/dx + sqrt(eta) xi, whose distribution tends to exp(-E)/Z as eta -> 0.
     * With other noise it tends to exp(-E/T)/Z with the temperature T = noise^2 / (2 * step_size).
-    * With the clamp the law is confined to the box (projected Langevin dynamics). A clipped
-      gradient is in general the gradient of no energy, so the law of such chains is not known.
+    * The clamp keeps chains in the box (projected Langevin dynamics). A clipped gradient is in
+      general that of no energy, so the distribution of such chains is not known.
 
     Args:
         energy: callable, (B, C, H, W) -> (B,). A model behind it keeps its flags and gradients.
@@ -58,11 +57,11 @@ def sgld(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.
 
 def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.), generator=None,
         leapfrog=1):
-    """Hamiltonian Monte Carlo (Neal 2011): exp(-E/T) in the box is its stationary law at any step.
+    """Hamiltonian Monte Carlo (Neal 2011) leaves exp(-E/T) in the box as it is at any step size.
     Returns the last state and the share of accepted steps (B,). A step draws p ~ N(0, I), moves
     `leapfrog` times by p <- p - a dE/dx, x <- x + noise * p, p <- p - a dE/dx, with
     a = step_size / noise, and is accepted with the probability min(1, exp(H_old - H_new)) for
-    H = E/T + |p|^2 / 2. One move proposes a step of `sgld` (Metropolis-adjusted Langevin, MALA).
+    H = E/T + |p|^2 / 2. In the box, one move proposes a step of `sgld` (MALA); walls reflect it.
     Arguments as there, but noise is None or one number above 0, and x starts inside the clamp."""
     noise = noise if noise is not None else (2 * step_size) ** .5
     t, bound, accepted = noise ** 2 / (2 * step_size), grad_clip or torch.inf, 0
@@ -87,7 +86,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
             new_e, new_kick = energy_and_kick(q)
             p = p - new_kick
         rise = (new_e - e) / t + (p.square() - p_start.square()).flatten(1).sum(1) / 2  # of H, (B,)
-        # -log u of a uniform u has the law of (z1^2 + z2^2) / 2; `randn` gives each chain its own.
+        # -log u is distributed as (z1^2 + z2^2) / 2; `randn` has a stream for each chain.
         accept = rise < randn((len(x), 2), generator, x.device).square().sum(1) / 2  # (B,)
         mask = accept.view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1)
         x, kick = torch.where(mask, q, x), torch.where(mask, new_kick, kick)
@@ -107,9 +106,9 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
     """Arguments for `sgld`: step and noise of every chain in this project are decided here.
 
     sampler: the dict of that name in a checkpoint. Kinds: 'training', as stored chains move;
-    'sampling', from noise: 128 steps; with a matching term K = 32, annealed (Kirkpatrick et al.
-        1983) by the noise .5 (1 - k/K)^3: hot chains choose among the modes, and end colder than
-        T, near the energy of data. Slower cooling ends below it, with less variety;
+    'sampling', from noise: K = 128; with a matching term K = 32, and step k has the noise
+        .5 (1 - k/K)^3 (annealing, Kirkpatrick et al. 1983): hot chains choose among the modes, and
+        end near the energy of data. Slower cooling ends below it, with less variety;
     'descent', without noise: the chain is a function of its start.
     steps, step_size and noise replace the decided values, but 'descent' never has noise."""
     if kind not in ('training', 'sampling', 'descent'):
@@ -127,8 +126,9 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
 
 
 def temperature(sampler):
-    """T = noise^2 / (2 step_size) of the stored chains, whose law is exp(-E/T) without a gradient
-    clip. At least 1e-9, as E(x) divides by T. With the defaults it is 2.6e-5 for 56x56 pixels."""
+    """T = noise^2 / (2 step_size) of the stored chains: small steps without a gradient clip sample
+    exp(-E/T). With the defaults T is 2.6e-5 for 56x56 pixels, and steps are not small: in a valley
+    of `matching_step` the variance is 1.2 times too large. At least 1e-9, as E(x) divides by T."""
     settings = chain_settings(sampler, 'training')
     return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 

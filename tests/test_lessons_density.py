@@ -1,4 +1,4 @@
-"""The lesson .github/lessons/density.py: its laws, and a tiny run through its command line."""
+"""The lesson .github/lessons/density.py: its mathematics, and a tiny run of its command."""
 import math
 
 import pytest
@@ -67,7 +67,7 @@ def test_annealing_brackets_log_z(energy, draw, generator):
     assert -up[-1] == pytest.approx(true, abs=1)
 
 
-def test_at_f_0_the_law_is_the_gaussian(gaussian, images, generator):
+def test_at_f_0_the_density_is_the_gaussian(gaussian, images, generator):
     """E is -log q, also in whitened coordinates, and a denoised image is the posterior mean."""
     x = density.S0 * torch.randn(50, 256, generator=generator) + images[:50]
     for s in (density.S0, 1.):
@@ -82,7 +82,7 @@ def test_at_f_0_the_law_is_the_gaussian(gaussian, images, generator):
 
 
 def test_at_s_the_tilt_is_gone(images, generator):
-    """So Z(S) = 1 whatever the network says, and AIS starts from a law that is known."""
+    """So Z(S) = 1 whatever the network says, and AIS starts from a density that is known."""
     model = density.TiltedGaussian(images).requires_grad_(False)
     u = torch.randn(20, 256, generator=generator)
     standard = MultivariateNormal(torch.zeros(256), torch.eye(256))
@@ -102,8 +102,8 @@ def test_chains_of_a_known_density_stay(gaussian, generator):
 def test_the_kernel_density_is_that_of_torch(images, generator):
     x = torch.randn(10, 256, generator=generator)
     variance, axes = torch.linalg.eigh(images.T.cov())
-    law = MultivariateNormal(images, images.T.cov() + density.S0 ** 2 * torch.eye(256))
-    wanted = law.log_prob(x[:, None]).logsumexp(1) - math.log(len(images))
+    kernels = MultivariateNormal(images, images.T.cov() + density.S0 ** 2 * torch.eye(256))
+    wanted = kernels.log_prob(x[:, None]).logsumexp(1) - math.log(len(images))
     got = density.log_kernels(x, images, variance, axes)
     torch.testing.assert_close(got, wanted, atol=.5, rtol=1e-3)
 

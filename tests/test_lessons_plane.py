@@ -1,4 +1,4 @@
-"""The lesson .github/lessons/plane.py: its laws, and a tiny run through its command line."""
+"""The lesson .github/lessons/plane.py: its mathematics, and a tiny run of its command."""
 import math
 
 import pytest
@@ -37,7 +37,7 @@ def test_annealing_brackets_log_z():
 
 
 def test_a_short_run_learns_and_is_the_same_again(tmp_path, capsys, monkeypatch):
-    """Likelihood rises above that of the uniform law; same seed, same numbers and same picture."""
+    """Likelihood rises above the uniform density's; same seed, same numbers and same picture."""
     for name, value in {'SETS': ['moons'], 'CHAINS': 50, 'LENGTH': 20, 'LAWS': 10}.items():
         monkeypatch.setattr(plane, name, value)
     outputs, pictures = [], []

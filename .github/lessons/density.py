@@ -13,14 +13,14 @@ So p(x; S) is q with Z(S) = 1, and p(x; .1) is the density that is measured.
 
 1. Denoising score matching (Vincent 2011): (s dE/dx - xi)^2 at x + s xi, log s uniform between
    log .1 and log S, and the cross-entropy of g there (without it nothing was learned, one run).
-2. Chains by the lectures' law at T = 1 (`noise=None`), started in unseen images: do they stay?
+2. Chains of the lectures' SGLD at T = 1 (`noise=None`) from unseen images: do they stay?
 3. log Z(.1) by annealed importance sampling (AIS, Neal 2001) along the noise levels, by `hmc`. Down
    from S its expectation is at most log Z; up from .1 it is at least log Z if the start is exact.
    Nobody has exact draws: the chains of step 2 stand in for them.
 4. log p(x) of unseen images beside Gaussians and kernel densities, all at the noise .1.
 
 Measured on 270 unseen images, seeds 0 to 2: 150.0 to 151.4 nats, where the Gaussian has 146.6 to
-147.5 and a Gaussian a class 160.2 to 160.7. The model loses; see the README of the lessons.
+147.5 and a Gaussian per class 160.2 to 160.7. The model loses; see the README of the lessons.
 """
 import argparse
 import math
@@ -76,7 +76,7 @@ class TiltedGaussian(nn.Module):
         return self.network(torch.cat([clean, level], dim=1))
 
     def energy_of_u(self, u, s):
-        """The energy of the law of u = whiten(x, s), which has the same Z: (B, 256) -> (B,)."""
+        """The energy of u = whiten(x, s), whose density has the same Z: (B, 256) -> (B,)."""
         tilt = (1 - s / S) * SCALE * self.outputs(u, s)[:, :1]  # (B, 1)
         return u.square().sum(1) / 2 + 128 * math.log(2 * math.pi) - tilt.squeeze(1)
 
@@ -120,7 +120,7 @@ def learn(model, images, labels, updates, generator):
 
 def anneal(energy, x, levels, move):
     """AIS of chains x ~ exp(-energy(x, levels[0])) through all levels; `move(x, s)` must leave the
-    law at s as it is. Returns the logs of the mean weight up to each level, which are estimates of
+    density at s as it is. Returns the logs of the mean weight up to each level, which estimate
     log Z(s) / Z(levels[0]), the last state, and the standard deviation of the last log weights."""
     log_w, path = torch.zeros(len(x)), [0.]  # (N,)
     for before, s in pairwise(levels):
@@ -140,11 +140,11 @@ def log_kernels(x, centres, variance, axes):
 
 
 def baselines(train, y, val, test):
-    """log p of the test images, (N,) each. The h of each law is the best one for `val`."""
+    """log p of the test images, (N,) each. The h of each density is the best one for `val`."""
     variance, axes = torch.linalg.eigh(train.T.cov())
 
     def classes(x, h):
-        """A Gaussian a class; its covariance shrinks by h to the common one (Friedman 1989)."""
+        """A Gaussian per class; its covariance shrinks by h to the common one (Friedman 1989)."""
         parts = []
         for k in range(10):
             own = train[y == k]
@@ -153,16 +153,16 @@ def baselines(train, y, val, test):
             parts.append(log_p + math.log(len(own) / len(train)))
         return torch.stack(parts).logsumexp(0)
 
-    laws = {'Gaussian': lambda x, h: log_kernels(x, train.mean(0)[None], variance, axes),
-            'Gaussian a class': classes,
+    fits = {'Gaussian': lambda x, h: log_kernels(x, train.mean(0)[None], variance, axes),
+            'Gaussian per class': classes,
             'round kernels': lambda x, h: log_kernels(x, train, h ** 2 * torch.ones(256), axes),
             'shaped kernels': lambda x, h: log_kernels(x, train, h ** 2 * variance, axes)}
-    return {name: law(test, max(GRID, key=lambda h: law(val, h).mean().item()))
-            for name, law in laws.items()}
+    return {name: fit(test, max(GRID, key=lambda h: fit(val, h).mean().item()))
+            for name, fit in fits.items()}
 
 
 def evaluate(model, test, y, train, generator):
-    """Chains from the first test images at the law's own noise, and log Z from both sides."""
+    """Chains from the first test images at T = 1, and log Z from both sides."""
     x, states = test[:CHAINS], []
 
     def look(name, points, labels=None):
@@ -177,7 +177,7 @@ def evaluate(model, test, y, train, generator):
         tell(name, numbers)
 
     def move(u, s):
-        """A step of HMC in x, whose law is nowhere narrower than s. AIS weighs u: as u, q is
+        """A step of HMC in x, whose density is nowhere narrower than s. AIS weighs u: as u, q is
         N(0, I) at all levels."""
         x, _ = hmc(partial(model.energy, s=s), model.colour(u, s), 1, .1 * s ** 2, clamp=None,
                    generator=generator, leapfrog=5)
@@ -202,7 +202,7 @@ def tell(name, numbers):
 
 
 def draw(states, levels, down, up, log_p, path):
-    """Chains and samples as images, both paths of log Z, and a bar for each law."""
+    """Chains and samples as images, both paths of log Z, and a bar for each density."""
     figure = Figure(figsize=(12, 5), layout='constrained')
     axes = figure.subplot_mosaic('iiz;iib')
     rows = [f'{steps:,} steps' for steps in LENGTHS] + ['AIS, from noise']
@@ -243,7 +243,7 @@ def main(argv=None):
     states, levels, down, up = evaluate(model, test, data.test.labels, train, generator)
     log_p['tilted Gaussian'] = -model.energy(test) - max(down[-1], up[-1])  # the less favourable
     for name, value in log_p.items():
-        lead = value - log_p['Gaussian a class']  # (N,)
+        lead = value - log_p['Gaussian per class']  # (N,)
         tell(name, {'log p': value.mean(), 'bits a pixel': -value.mean() / 256 / math.log(2),
                     'lead': lead.mean(), '+-': lead.std() / len(lead) ** .5})
     draw(states, levels, down, up, log_p, args.out / 'density.png')

@@ -11,9 +11,10 @@ Langevin dynamics follow one energy (Xie, Zhu and Wu 2017):
 If a follows p and b follows p given the visible pixels, -T log p(visible pixels) has the gradient
 mean grad E(b) - mean grad E(a). Here the matching term of train.py does most of the work, around b
 and for dE/dx at visible pixels, as hidden ones hold the model's own guesses: 21.5 of 23.3 dB are
-there before any a is drawn. The gap, E(b) - E(a) times .1, joins in the last third of the updates.
+there (seed 0) before any a is drawn. In the last third of the updates the gap, E(b) - E(a) times
+.1, joins.
 
-Digits, 1,257 images, seeds 0 to 2: 23.3 dB for random (mean fill 10.0, total variation 20.0). Seed
+Digits, 1,257 images, seeds 0 to 2: 23.2 dB for random (mean fill 10.0, total variation 20.0). Seed
 0 has 15.3 for half, where the mean of the class has 17.1 and a model of complete images 18.4.
 """
 import os

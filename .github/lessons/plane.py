@@ -11,8 +11,8 @@ rings. A small network learns E(x) by the loop of the lectures and nothing besid
 Here Z, the integral of exp(-E) over the square, is a sum over a grid. So the script can print what
 nobody can know of images: the negative log-likelihood (NLL) of new points in nats, beside the least
 possible one, the entropy of their true density; log Z by annealed importance sampling (AIS, Neal
-2001), which bounds it from both sides in expectation; and how far the law of chains that started
-anywhere is from exp(-E) / Z (total variation, TV, beside that of as many exact draws). plane.png
+2001), which bounds it from both sides in expectation; and how far chains that started
+anywhere are from exp(-E) / Z (total variation, TV, beside that of as many exact draws). plane.png
 shows, for each set, data, chains, both densities, and the field -dE/dx that moves the chains.
 """
 import argparse
@@ -40,7 +40,7 @@ STEP = .001  # eta / 2
 SIDE = torch.linspace(-.995, .995, 200)  # middles of cells
 GRID = torch.cartesian_prod(SIDE, SIDE).view(-1, 1, 1, 2)  # (40000, 1, 1, 2)
 CELL = .01 ** 2
-CHAINS, LENGTH, LAWS = 2000, 1000, 100  # of `measure`: chains, their steps, laws of AIS
+CHAINS, LENGTH, LEVELS = 2000, 1000, 100  # of `measure`: chains, their steps, levels of AIS
 
 
 def centres(name):
@@ -104,7 +104,7 @@ def learn(points, name, updates, generator):
 
 
 def anneal(energy, x, betas, generator):
-    """log of the mean weight of chains x (N, 1, 1, 2) that are led through the laws exp(-beta E).
+    """log of the mean weight of chains x (N, 1, 1, 2) that are led through all exp(-beta E).
     From beta = 0 to 1 its expectation is at most log(Z / 4); backward, from draws of exp(-E) / Z,
     at most log(4 / Z). 4 is the area of the square."""
     log_w = torch.zeros(len(x))
@@ -115,7 +115,7 @@ def anneal(energy, x, betas, generator):
 
 
 def misplaced(x, log_p):
-    """Total variation between points (N, 1, 1, 2) and the law log_p (40000,), on 10 x 10 cells."""
+    """Total variation between points (N, 1, 1, 2) and exp(log_p), (40000,), on 10 x 10 cells."""
     p = CELL * log_p.exp().view(10, 20, 10, 20).sum((1, 3))  # (40000,) -> (10, 10)
     counts = torch.histogramdd(x.flatten(1), 10, range=[-1., 1.] * 2).hist  # (10, 10)
     return (counts / len(x) - p).abs().sum().item() / 2
@@ -131,7 +131,7 @@ def measure(model, points, generator):
     langevin = sgld(model.energy, start, LENGTH, STEP, generator=generator)
     hamilton, _ = hmc(model.energy, start, LENGTH // 5, STEP, generator=generator, leapfrog=5)
     exact = GRID[log_p.exp().multinomial(CHAINS, replacement=True, generator=generator)]
-    betas = torch.linspace(0, 1, LAWS + 1).tolist()
+    betas = torch.linspace(0, 1, LEVELS + 1).tolist()
     return log_p, hamilton, {
         'NLL': model.energy(test).mean().item() + log_z,
         'entropy': -log_density(test, points).mean().item(),

@@ -1,4 +1,4 @@
-"""The lesson .github/lessons/one_law.py: its laws, and a tiny run through its command line."""
+"""The lesson .github/lessons/joint.py: its mathematics, and a tiny run of its command."""
 import math
 
 import pytest
@@ -11,7 +11,7 @@ N = 64  # pixels
 
 @pytest.fixture
 def lesson():
-    return load_lesson('one_law')
+    return load_lesson('joint')
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def generator():
 
 
 def test_draws_follow_the_student_t(lesson, generator):
-    """With N degrees of freedom d^2 / (1 + d^2) has the law Beta(N/2, N/2): mean 1/2, variance
+    """With N degrees of freedom d^2 / (1 + d^2) follows Beta(N/2, N/2): mean 1/2, variance
     1 / (4 (N + 1))."""
     x = lesson.student((4000, 1, 8, 8), 3., generator) / 3
     d2 = x.square().mean(dim=(1, 2, 3))
@@ -104,4 +104,4 @@ def test_command(lesson, tmp_path, capsys, monkeypatch):
                      '--device', 'cpu'])
         said.append(capsys.readouterr().out)
     assert said[0] == said[1] and said[0].count('log p') == 2 and 'label kept' in said[0]
-    assert len({(tmp_path / run / 'one_law.png').read_bytes() for run in ('a', 'b')}) == 1
+    assert len({(tmp_path / run / 'joint.png').read_bytes() for run in ('a', 'b')}) == 1

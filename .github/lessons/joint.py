@@ -1,6 +1,6 @@
-"""Maximum likelihood of images at T = 1: do chains, energy and classifier belong to one law?
+"""Maximum likelihood of images at T = 1: do chains, E and p(y|x) belong together?
 
-    python .github/lessons/one_law.py --out runs/lessons      an hour on one core, minutes on a GPU
+    python .github/lessons/joint.py --out runs/lessons        an hour on one core, minutes on a GPU
 
 Digits (16 x 16) plus noise t have a density. t is a Student-t of scale S0 whose degrees of freedom
 are the number of pixels, N, so it is nearly normal. Up to a constant its energy around an image at
@@ -14,8 +14,8 @@ where the network learns u, the distance from the images, and g, the classes.
    around x, and S0^2 + u^2 to be S0^2 + s^2. Between images it learns a mean of their
    valleys, which need not be the gradient of any log p. The cross-entropy of g is added.
 2. Maximum likelihood, beside matching: GAP (mean E(x) - mean E(x')) is added, where x are noisy
-   images, and x' persistent chains that follow exp(-E) by the lectures' law, at T = 1.
-3. Chains by this law from unseen images: do their mean distance and energy stay as they are? If
+   images, and x' persistent chains that follow exp(-E): the lectures' SGLD, at T = 1.
+3. Such chains from unseen images: do their mean distance and energy stay as they are? If
    data were draws from exp(-E) / Z they would. But chains that stay are no proof.
 4. log Z by annealed importance sampling (AIS, Neal 2001), by `hmc`. It starts in exact draws of the
    Student-t of scale 1, E_q(x) = N log(1 + |x|^2 / N), whose Z is known. Levels 0 to 1 turn E_q
@@ -68,7 +68,7 @@ class Valleys(EnergyModel):
         return x[0].numel() * (width ** 2 + self.outputs(x)[0] ** 2).log()  # (B,)
 
     def path_energy(self, x, level):
-        """Of the laws from the Student-t, level 0, to the model, level 2: (B,)."""
+        """Of the densities from the Student-t, level 0, to the model, level 2: (B,)."""
         if level >= 1:
             return self.energy(x, width_at(level))
         q = x[0].numel() * x.square().mean(dim=(1, 2, 3)).log1p()  # N log(1 + |x|^2 / N), (B,)
@@ -225,7 +225,7 @@ def main(argv=None):
         tqdm.write(f'after {updates} updates of {phase}:')
         states = evaluate(model, test, y_test, train, generator)
         rows |= {f'{phase}: {name}': state for name, state in states.items()}
-    save_grid(torch.cat(list(rows.values())).cpu().clamp(-1, 1), args.out / 'one_law.png', 12,
+    save_grid(torch.cat(list(rows.values())).cpu().clamp(-1, 1), args.out / 'joint.png', 12,
               'chains at T = 1 from unseen images, and from noise by AIS (denoised)', rows=rows)
 
 
