@@ -5,9 +5,9 @@ An image is float32 (B, C, H, W) in [-1, 1] inside the network, and uint8 in mem
 through `prepare`, so that no set can be told from another by its range or crop.
 """
 import argparse
+import codecs
 import contextlib
 import csv
-import io
 import itertools
 import os
 import sys
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, ImageSequence
 from tqdm import tqdm
 
 SPLITS = {'train': ['train', 'training'], 'val': ['val', 'valid', 'validation', 'dev'],
@@ -397,18 +397,16 @@ def read_pages(path):
     try:
         # From a file object: Pillow scrambles some rotated TIFF files that it opens by name.
         with open(path, 'rb') as file, Image.open(file) as image:
-            single = image.format in ('MPO', 'PSD')  # these hold views and layers, not pages
-            for page in range(1 if single else getattr(image, 'n_frames', 1)):
-                if page:
-                    image.seek(page)
-                tags = getattr(image, 'tag_v2', {})  # of TIFF
-                if page and tags.get(254, 0) & 5:  # a smaller copy or a mask of the page before
+            count = 1 if image.format in ('MPO', 'PSD') else None  # views and layers are no pages
+            for page in itertools.islice(ImageSequence.Iterator(image), count):
+                tags = getattr(page, 'tag_v2', {})  # of TIFF
+                if page.tell() and tags.get(254, 0) & 5:  # a smaller copy or a mask of the last one
                     continue
                 # Where 0 is white (tag 262), Pillow inverts 8 bits, but not 16 or 32.
-                sign = -1 if tags.get(262) == 0 and image.mode[0] in 'IF' else 1
-                pixels = to_pixels(ImageOps.exif_transpose(image))  # (3, H, W)
+                sign = -1 if tags.get(262) == 0 and page.mode[0] in 'IF' else 1
+                pixels = to_pixels(ImageOps.exif_transpose(page))  # (3, H, W)
                 kind, = tags.get(339, (1,))[:1]  # 1: unsigned levels, 2: signed ones
-                if kind == 1 and pixels.min() < 0 or kind == 2 and image.mode == 'L':
+                if kind == 1 and pixels.min() < 0 or kind == 2 and page.mode == 'L':
                     raise ValueError('Pillow wraps its levels; save it with 16 unsigned bits')
                 yield sign * pixels
     except Exception as error:  # of many kinds, for damaged files
@@ -427,7 +425,7 @@ def to_pixels(image):
     pixels = torch.from_numpy(np.array(image.convert('RGBA'))).movedim(2, 0)  # (4, H, W)
     colour, alpha = pixels[:3].to(torch.float32), pixels[3:] / 255  # (3, H, W), (1, H, W)
     on_white = (alpha * colour + (1 - alpha) * 255).round()
-    if alpha.min() < 1 and on_white.max() - on_white.min() < 64:  # white letters need black paper
+    if on_white.max() - on_white.min() < 64:  # white letters on nothing need black paper
         return (alpha * colour).round()
     return on_white
 
@@ -698,21 +696,20 @@ def atomic_write(path):
         os.replace(temporary, path)
     except OSError as error:
         raise OSError(f'{path}: cannot be written ({error.strerror or error}); make room there, or '
-                      'name another folder; a file that was there before is whole') from error
+                      'name another --out or --data-root; an older file there is whole') from error
     finally:
         with contextlib.suppress(OSError):  # it is gone if all went well
             temporary.unlink()
 
 
 def write_csv(rows, columns, path):
-    """Write a list of dictionaries as a CSV file with these columns; floats get six digits."""
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value
-                      for key, value in row.items()} for row in rows)
+    """Write dictionaries as a CSV file: these columns first, then others; floats get six digits."""
+    columns = list(dict.fromkeys(itertools.chain(columns, *rows)))
     with atomic_write(path) as file:
-        file.write(text.getvalue().encode())
+        writer = csv.DictWriter(codecs.getwriter('utf-8')(file), columns)
+        writer.writeheader()
+        writer.writerows({key: f'{value:.6g}' if isinstance(value, float) else value
+                          for key, value in row.items()} for row in rows)
 
 
 def save_figure(figure, path):

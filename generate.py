@@ -41,7 +41,7 @@ def draw(energy, start, args, streams=(), free=None, keep=()):
     states = {step: [] for step in [*keep, *frames, args.steps]}
     with tqdm(total=args.steps * math.ceil(count / CHUNK), desc=args.mode, unit='step') as bar:
         for at in range(0, count, CHUNK):
-            # Copies of the last chain fill the last chunk: smaller batches round differently.
+            # Copies of the last chain fill the last chunk: another batch size rounds differently.
             i = torch.arange(at, at + CHUNK, device=args.device).clamp_max(count - 1)  # (CHUNK,)
 
             def watch(step, x, _):  # called before each step and after the last one
@@ -118,9 +118,9 @@ def chain(model, checkpoint, args):
 
 
 def tell_mixing(energy, checkpoint, args):
-    """Eight chains of the first row's class: print R-hat (Gelman and Rubin 1992) of their second
-    halves and how many independent states these are worth: the worst for the energy and the
-    brightness of four quarters. If all energies fall alike, R-hat is too low."""
+    """Eight chains of the first row's class: print R-hat (Gelman and Rubin 1992) and the effective
+    sample size of their second halves: the worst over the energy and the brightness of four
+    quarters (some 60 % of perfect draws). If all energies fall alike, R-hat is too low."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 
@@ -130,8 +130,8 @@ def tell_mixing(energy, checkpoint, args):
     sgld(lambda x: energy(x, [0] * 8), z, generator=streams, callback=watch, **args.settings)
     x = torch.stack(trace[args.steps // 2:], dim=1).cpu().double()  # (8, n, 1 + 4 * C)
     within, between = x.var(1, correction=0).mean(0), x.mean(1).var(0)  # (1 + 4 * C,) both
-    r_hat, worth = (1 + between / within).sqrt().max(), (8 * (1 + within / between)).min()
-    print(f'R-hat {r_hat:.2f} (1 if chains mix); 8 x {x.shape[1]} states are worth {worth:.0f}')
+    r_hat, ess = (1 + between / within).sqrt().max(), (8 * (1 + within / between)).min()
+    print(f'R-hat {r_hat:.2f} (near 1 if chains mix); sample size {ess:.0f} of 8 x {x.shape[1]}')
 
 
 def interpolate(model, checkpoint, args):
@@ -400,7 +400,7 @@ def evaluate(model, checkpoint, args):
         print(f'{name:9}', *[f' {key} {value:.3f}' for key, value in row.items()])
         rows.append({'images': name, **row, 'n': len(y)})
     write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
-    # The samples came last, so these logits are theirs.
+    logits = judge_features(judge, x, args)[2]  # (N, K)
     least = logits.softmax(1)[torch.arange(len(y)), y].argsort()[:64]  # (N, K) -> (N,) -> (64,)
     save_grid(x[least], args.out / 'evaluate.png', 8, 'samples of the lowest p(y|x) of the judge, '
               'and the class asked for', captions=class_names(y[least], checkpoint))
@@ -429,8 +429,8 @@ def paired_halves(labels, count, seed):
         pairs.append(members[:len(members) // 2 * 2].view(-1, 2))  # an odd one is left out
     pairs = torch.cat(pairs)  # (P, 2)
     picked = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[:count]
-    if len(picked) == len(labels[pairs[picked, 0]].unique()):
-        fail(f'--images {count}: no class has two of these test images; name more images')
+    if labels[pairs[picked, 0]].bincount(minlength=1).max() < 2:
+        fail(f'--images {count}: no class has two pairs of test images; name more, if it has four')
     return pairs[picked].unbind(1)  # (N, 2) -> (N,) both
 
 
@@ -494,7 +494,7 @@ def parse_args(argv=None):
     flag('--ckpt', type=Path, required=True, help='checkpoint written by train.py')
     flag('--mode', choices=list(MODES), default='samples', help='what to draw, see above')
     flag('--classes', nargs='+', metavar='CLASS', help='chains follow E(x, y) of these classes')
-    flag('--count', type=count, help='samples a class, fillings or rows; default: 8, or 1 row each')
+    flag('--count', type=count, help='samples per class, fillings, rows; default: 8, or 1 row each')
     flag('--out', type=Path, default='.', help='folder to write into')
     flag = parser.add_argument_group('chains').add_argument
     flag('--steps', type=count, help='default: 24 to 256, see MODES and chain_settings')

@@ -156,7 +156,7 @@ class CommandLine(argparse.ArgumentParser):
         if args.precision == 'auto':
             args.precision = 'bf16' if has_bf16(args.device) else 'fp32'
         if 1 < torch.get_num_threads() == os.cpu_count() and 'OMP_NUM_THREADS' not in os.environ:
-            torch.set_num_threads(os.cpu_count() - 1)  # all would wait for one whose core is shared
+            torch.set_num_threads(os.cpu_count() - 1)  # all would wait for the slowest
         return args
 
 
@@ -207,7 +207,7 @@ def user_mistakes(*kinds):
     except (MemoryError, RuntimeError) as error:
         if not any(s in repr(error) for s in ('MemoryError', 'allocate', 'of memory', 'ALLOC_')):
             raise  # a bug
-        fail(f'too little memory; lower --batch-size, --width or --images. {error}')
+        fail(f'too little memory; lower --batch-size, --width or --images (ood.py: BATCH). {error}')
     finally:
         for n, handler in zip(stops, before):
             signal.signal(n, handler)

@@ -145,7 +145,7 @@ def report(model, baseline, data, sets, args):
 
 
 def print_table(scores, metrics, threshold):
-    """One line a set: all metrics of the energy, then the AUROC of the other scores."""
+    """One line per set: all metrics of the energy, then the AUROC of the other scores."""
     rejected = {name: (scores[name]['energy'] > threshold).mean() for name in scores}
     others = [score for score in scores['test'] if score != 'energy']
     print(f'{"set":14}{"n":>7}  AUROC of the energy        AUPR   FPR95  rejected  AUROC:', *others)
@@ -210,7 +210,7 @@ def show_typical(images, scores, path):
         picked.append(to_float(images[name][index]))  # (11, C, H, W)
         captions += [f'{e:.2f}' for e in energy[index]]
     save_grid(torch.cat(picked), path, 11, rows=list(images), captions=captions,
-              title='of each set image 0 (changed), the five most and the five least typical; E(x)')
+              title='image 0 of each set, then the five images of lowest and of highest E(x)')
 
 
 # --- a threshold, and verdicts on single images ---------------------------------------------------
@@ -353,7 +353,7 @@ def attack(victims, data, args):
                 accuracy = []
                 for radius in tqdm([0, *RADII[norm]], f'PGD, {norm}, on {name}', unit='radius'):
                     found = []  # attacks through the defence and past it: the stronger counts
-                    for attacked in [defence, None] if defence and radius else [None]:
+                    for attacked in ([defence, None] if defence and radius else [None]):
                         right = []
                         for x, y in batches:  # (B, C, H, W), (B,)
                             if radius:
@@ -369,8 +369,8 @@ def attack(victims, data, args):
 
 
 def show_distal(models, data, args):
-    """distal.png: uniform noise driven to softmax f(x)[c] >= .9 by gradient ascent, a column a
-    class c (JEM, section 5.4): what a model takes for a c, far from the data."""
+    """distal.png: uniform noise driven to softmax f(x)[c] >= .9 by gradient ascent, a column
+    per class c (JEM, section 5.4): what a model takes for a c, far from the data."""
     heads = data.class_names[:10]
     labels = torch.arange(len(heads), device=args.device)[:, None]  # (R, 1)
     pictures, captions = [], []
@@ -407,11 +407,11 @@ def load_baseline(args, checkpoint):
     """The plain classifier of --baseline. Its seed must be the same, too: another seed splits some
     data sets differently, and the test images would be among its training images."""
     baseline, plain = load_model(args.baseline, args.device, args.precision)
-    seed, size = checkpoint['args']['seed'], checkpoint['data']['image_shape'][2]
-    same_data = plain['data'] == checkpoint['data'] and plain['args']['seed'] == seed
+    flags, size = checkpoint['args'], checkpoint['data']['image_shape'][2]
+    same_data = plain['data'] == checkpoint['data'] and plain['args']['seed'] == flags['seed']
     if plain['args']['px_weight'] or not same_data:
-        fail(f'--baseline {args.baseline}: no plain classifier of the data of {args.ckpt}; train '
-             f'one with --px-weight 0 --seed {seed} --image-size {size}')
+        fail(f'--baseline {args.baseline}: no plain classifier of these data; train one with '
+             f'--px-weight 0 --data {flags["data"]} --image-size {size} --seed {flags["seed"]}')
     return baseline
 
 

@@ -126,9 +126,8 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
 
 
 def temperature(sampler):
-    """T = noise^2 / (2 step_size) of the stored chains: small steps without a gradient clip sample
-    exp(-E/T). With the defaults T is 2.6e-5 for 56x56 pixels, and steps are not small: in a valley
-    of `matching_step` the variance is 1.2 times too large. At least 1e-9, as E(x) divides by T."""
+    """T = noise^2 / (2 step_size) of the stored chains, at least 1e-9; by default 2.6e-5 at 56x56.
+    Steps are large: in a valley of `matching_step` chains have 1.2 times exp(-E/T)'s variance."""
     settings = chain_settings(sampler, 'training')
     return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 
@@ -136,8 +135,8 @@ def temperature(sampler):
 # --- where chains start ---------------------------------------------------------------------------
 
 def prior(kind, shape, generator=None, device='cpu'):
-    """Starts of fresh chains, float32 of `shape` (B, C, H, W): 'gaussian', N(0, 0.01); 'uniform',
-    on [-1, 1]; 'grainy', see below; 'mixed', half gaussian and half grainy."""
+    """Noise, float32 of `shape` (B, C, H, W), in which chains start: 'gaussian', N(0, 0.01), as for
+    all samples; 'uniform', on [-1, 1]; 'grainy', see below; 'mixed', half gaussian, half grainy."""
     if kind == 'gaussian':
         return .1 * randn(shape, generator, device)
     if kind == 'uniform':
@@ -210,13 +209,12 @@ class Reservoir:
         self.head = state['head'].to(self.head) % self.lengths
 
 
-def make_reservoir(init, labels, batch_size, slots, image_shape, reinit=.05, kind='mixed',
-                   generator=None):
+def make_reservoir(init, labels, batch_size, slots, image_shape, reinit, kind, generator=None):
     """The chains of `train.py --init`, on the device of `labels` (N,): a ring for each class.
 
     reservoir: slots in proportion to the frequency of the class, so that all chains are revisited
         equally often. A class has at least 16: a batch seldom has more images of a rare class.
-    persistent: a batch of chains a ring, never afresh. noise: always afresh. data: not used."""
+    persistent: a batch of chains per ring, never afresh. noise: always afresh. data: not used."""
     share = labels.cpu().bincount() / len(labels)  # (R,)
     lengths = (share * max(slots, batch_size)).ceil().clamp_min(min(16, batch_size)).int().tolist()
     if init != 'reservoir':
@@ -230,18 +228,19 @@ class CudaGraph:
     The first call is a plain one; then the kernels of later ones are recorded. If that fails, a
     line says so and all calls are plain. The function must do the same in every call and read
     nothing back from the GPU. `generator` goes on as it would without the graph."""
+    failed = False  # of any graph: a failed recording takes the generator from the others, too
 
     def __init__(self, function, generator):
         self.function, self.generator, self.graph, self.inputs = function, generator, None, None
 
     def __call__(self, *inputs):
-        if self.graph is not None:
+        if self.graph is not None and not CudaGraph.failed:
             for kept, given in zip(self.inputs, inputs, strict=True):
                 kept.copy_(given)
             self.graph.replay()
             return self.result.clone()  # the next replay overwrites it
         result = self.function(*inputs)  # a first call sets up libraries: it is not recorded
-        if self.inputs is None:
+        if self.inputs is None and not CudaGraph.failed:
             self.inputs = [x.clone() for x in inputs]  # the graph reads its inputs here
             self.record(torch.cuda.CUDAGraph(), self.generator.clone_state())
         return result
@@ -255,6 +254,7 @@ class CudaGraph:
                 self.result = self.function(*self.inputs)
             self.graph = graph
         except Exception as error:
+            CudaGraph.failed = True
             self.generator.graphsafe_set_state(spare)  # the old state still counts as recording
             reason = f'{error.__context__ or error!r}'.split('\n')[0]
             print(f'no CUDA graph, plain chains instead: {reason}')

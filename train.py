@@ -7,8 +7,8 @@
 Writes best.pt, last.pt, log.csv, updates.csv, curves.png and samples/ into --out. best.pt has the
 best score, the mean of val_auprc (macro AUPRC of softmax f; not for an EBM) and val_auroc (E(x);
 not for a classifier). Once chains run, only epochs with them count."""
-from model import (CheckpointError, CommandLine, EnergyModel, average, fail, load_model, number,
-                   rank, ranks, save_checkpoint, user_mistakes)  # before torch, for Ctrl-C
+from model import (CheckpointError, CommandLine, EnergyModel, average, choose_device, fail,
+                   load_model, number, rank, ranks, save_checkpoint, user_mistakes)  # before torch
 import argparse
 import copy
 import math
@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_figure, save_grid,
@@ -29,8 +28,8 @@ from data import (NAMES, DataError, atomic_write, check_apart, load_data, save_f
 from sampler import CudaGraph, chain_settings, make_reservoir, prior, randn, sgld, temperature
 
 WARMUP, CLIP_NORM, EMA = 100, 10., .99  # updates of warm-up, greatest gradient, decay of averages
-ROUND, WHITE = .3, .5  # shape of the valleys and strongest white noise, see `matching_step`
-RETREAT, MOST_DROPS = .3, 4  # of the guard: learning-rate factor of a drop, and the most drops
+ROUND, WHITE = .3, .5  # radius of a valley's round bottom, strongest noise: `matching_step`
+RETREAT, MOST_DROPS = .3, 4  # of the guard: a drop multiplies the rate by .3; the most drops
 PROGRESS = ['epoch', 'step', 'seconds', 'lr']  # log.csv: these, event, then NUMBERS and SCORES
 NUMBERS = ['energy_real', 'energy_synth', 'loss_px', 'loss_pyx', 'loss_matching', 'loss_reg',
            'loss', 'grad_norm']  # loss_matching and loss_reg include --matching and --alpha
@@ -57,7 +56,7 @@ def parse_args(argv=None):
     flag('--contrast', type=weight, default=1., help='weight of the gap and its L2; 0: no chains')
     flag('--chains-after', type=number(int, 0), help='epochs before the first chains; default: 2/3')
     flag('--alpha', type=weight, default=.1, help='weight of the L2 term beside the gap')
-    flag('--matching', type=weight, default=10., help='weight of the dE/dx term, towards --prior')
+    flag('--matching', type=weight, default=10., help='weight of the matching term, on dE/dx')
     flag('--slope', type=number(float, 1e-6, 1e9), default=40., help='slope of E far from images')
     flag('--data-noise', type=weight, default=.03, help='noise on data and samples')
     flag = parser.add_argument_group('optimisation').add_argument
@@ -112,7 +111,7 @@ def parse_args(argv=None):
 # --- the losses ---------------------------------------------------------------------------------
 
 def px_step(energy_real, energy_synth):
-    """The energy gap, (B,) and (B,) -> scalar. For x' ~ p its gradient over the weights is
+    """The energy gap, (B,) and (B,) -> scalar. For x' ~ p, held fixed, its gradient over weights is
 
         grad (-T log p(x)) = grad E(x) - mean over x' of grad E(x'),  p(x) = exp(-E(x) / T) / Z"""
     return energy_real.mean() - energy_synth.mean()
@@ -167,7 +166,7 @@ def train(args, data, old_run=()):
                'pixels': image_shape.numel()}
     model = EnergyModel(num_classes, image_shape[0], args.width,
                         temperature(sampler) if args.px_weight else 1., args.precision).to(device)
-    averaged = copy.deepcopy(model)  # weights averaged over the updates: these are saved
+    averaged = copy.deepcopy(model).requires_grad_(False)  # means over the updates: what is saved
     weights, averages = list(model.parameters()), list(averaged.parameters())
     # No momentum: it would average gradients from samples that are out of date.
     optimizer = torch.optim.Adam(weights, args.lr, betas=(0., .999), fused=True)
@@ -184,9 +183,9 @@ def train(args, data, old_run=()):
     def move(kind, x, y):
         return sgld(partial(energy, y=y), x, generator=generator, **chain_settings(sampler, kind))
 
-    sample, anneal = partial(move, 'training'), partial(move, 'sampling')
+    cold, annealed = partial(move, 'training'), partial(move, 'sampling')
     if device.type == 'cuda':
-        sample, anneal = CudaGraph(sample, generator), CudaGraph(anneal, generator)
+        cold, annealed = CudaGraph(cold, generator), CudaGraph(annealed, generator)
     if args.resume:
         load_run(args.resume, state, history, args)
     for path in old_run:  # only now: a model too large for the memory has failed above
@@ -205,13 +204,13 @@ def train(args, data, old_run=()):
                 loss = args.pyx_weight * loss_pyx
                 numbers = {'loss_pyx': loss_pyx}
                 if contrast:
-                    # x' (B, C, H, W): SGLD (task 3.3). Stored chains follow p(x|y), but keep to one
-                    # shape. Annealed ones end in many: E learns how often they end in each.
+                    # x' (B, C, H, W): SGLD (task 3.3). A stored chain follows p(x|y), but keeps to
+                    # one shape. Annealed ones reach many: E rises where they end too often.
                     if args.anneal_every and (history['step'] + 1) % args.anneal_every == 0:
-                        x_synth = anneal(prior('gaussian', x_real.shape, generator, device), y)
+                        x_synth = annealed(prior('gaussian', x_real.shape, generator, device), y)
                     else:
                         start, slot = reservoir.draw(ring[index], generator)  # (B, C, H, W), (B,)
-                        x_synth = sample(x_real if args.init == 'data' else start, y)
+                        x_synth = cold(x_real if args.init == 'data' else start, y)
                         reservoir.store(slot, x_synth)
                     # -T log p(x): data against samples, and the size of the energies
                     energy_real = model.energy_of_logits(logits)  # (B, K) -> (B,)
@@ -227,17 +226,18 @@ def train(args, data, old_run=()):
                     numbers['loss_matching'] = args.matching * matching_step(
                         partial(energy, y=y), x_real, away, args.slope)
                     loss = loss + args.px_weight * numbers['loss_matching']
-                # descent on the weighted sum. For T = 1: -log p(x, y) = -log p(x) - log p(y|x)
                 remaining = 1 - history['step'] / total  # the rate falls to 0 in the last third
                 factor = min(1., (history['step'] + 1) / WARMUP, 3 * remaining)
                 history['lr'] = args.lr * factor * RETREAT ** history['drops']
                 optimizer.param_groups[0]['lr'] = history['lr']
+                # descent on the weighted sum. For T = 1: -log p(x, y) = -log p(x) - log p(y|x)
                 optimizer.zero_grad()
                 loss.backward()
                 average([weight.grad for weight in weights])  # over the ranks
                 grad_norm = torch.nn.utils.clip_grad_norm_(weights, CLIP_NORM)
                 optimizer.step()
-                get_ema_multi_avg_fn(EMA)(averages, weights, None)  # a <- EMA a + (1 - EMA) w
+                for mean, weight in zip(averages, weights):  # mean <- EMA mean + (1 - EMA) weight
+                    mean.lerp_(weight.detach(), 1 - EMA)
                 numbers |= {'loss': loss, 'grad_norm': grad_norm}
                 measured.append(torch.stack(list(numbers.values())).detach())  # (L,)
                 average(measured[-1:])
@@ -251,6 +251,7 @@ def train(args, data, old_run=()):
             history['seconds'] += time.monotonic() - started
             row |= validate(averaged, val_split, args)  # levels the classes of `averaged`, too
             trouble = find_trouble(row, history, args)
+            history['epoch'] += 1
             log_epoch(row, trouble, state, history, args, data, facts)
             if trouble:
                 go_back(trouble, state, history, args)
@@ -277,8 +278,8 @@ def perturb(x, args, generator):
 
 @torch.no_grad()
 def validate(model, split, args):
-    """Set the bias of `model` so that its classes are level. Return accuracy and macro AUPRC of
-    softmax f, and the AUROC of E(x) against mixtures of two images and uniform noise."""
+    """First shift the bias of `model` (below). Then return accuracy and macro AUPRC of softmax f,
+    and the AUROC of E(x) against mixtures of two images and uniform noise."""
     from sklearn.metrics import average_precision_score, roc_auc_score  # slow to import
     x, y = to_float(split.images), split.labels.cpu()  # (N, C, H, W), (N,)
     generator = torch.Generator(args.device).manual_seed(args.seed)  # the same noise every epoch
@@ -287,7 +288,7 @@ def validate(model, split, args):
     logits = torch.cat([model.get_logits(part).cpu() for part in images.split(500)])  # (3N, K)
     f_y = logits[:len(y)].gather(1, y[:, None])  # f(x)[y], (N, 1)
     for k in range(logits.shape[1]) if args.px_weight else []:
-        # The losses hardly fix the level of a class: give E(x, y) of its images the median 0.
+        # The losses hardly fix this bias: make the median of E(x, y) over images of class y 0.
         level = (f_y[y == k] if k in y else f_y).median()  # of all images if it has none here
         logits[:, k] -= level
         model.head.bias[k] -= level
@@ -305,8 +306,7 @@ def validate(model, split, args):
 
 
 def log_epoch(row, trouble, state, history, args, data, facts):
-    """Count the epoch, write its logs and pictures, and best.pt if its score is the highest."""
-    history['epoch'] += 1
+    """Write the logs and pictures of an epoch, and best.pt if its score is the highest."""
     row |= {key: history[key] for key in PROGRESS}
     row['event'] = trouble or history.pop('event', '')  # of an epoch that was undone
     history['epochs'].append(row)
@@ -336,8 +336,7 @@ def plot_curves(history, args):
                             (axes[1], updates, ['loss_pyx', 'loss_matching', 'loss_reg']),
                             (axes[2], history['epochs'], SCORES[:3])]:
         for name in names:
-            known = [row for row in rows if name in row]
-            ax.plot([row['step'] for row in known], [row[name] for row in known], label=name)
+            ax.plot([r['step'] for r in rows], [r.get(name, math.nan) for r in rows], label=name)
         ax.set_xlabel('update')
         ax.legend()
     axes[0].set_title(f'loss_px saturates at -1 / alpha = -1 / {args.alpha:g}')
@@ -428,21 +427,22 @@ def check(args, data):
 
 
 def main(argv=None):
-    with user_mistakes(DataError, FloatingPointError):
+    with user_mistakes(DataError, FloatingPointError, argparse.ArgumentTypeError):
         args = parse_args(argv)
-        if 'LOCAL_RANK' in os.environ:  # set by torchrun; on GPUs each process takes one
-            if args.device.type == 'cuda':
-                args.device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
-                torch.cuda.set_device(args.device)
+        if args.device.type == 'cuda':  # CUDA graphs are recorded on the current GPU
+            gpu = os.environ.get('LOCAL_RANK', args.device.index or 0)  # torchrun: one a process
+            args.device = choose_device(f'cuda:{gpu}')
+            torch.cuda.set_device(args.device)
+        if 'LOCAL_RANK' in os.environ:
             dist.init_process_group('cpu:gloo,cuda:nccl' if args.device.type == 'cuda' else 'gloo')
-        for turn in range(ranks()):  # rank 0 goes first: it may have to download or print letters
+        for turn in range(ranks()):  # rank 0 goes first: it may have to download or render the data
             if turn == rank():
                 data = load_data(args.data, args.image_size, args.data_root, args.seed,
                                  like=args.resume and args.resume['data'])
             if ranks() > 1:
                 dist.barrier()
         train(args, data, check(args, data))
-        if ranks() > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
 
 

@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the scripts stand beside this folder
 
+import data  # noqa: E402
 import train  # noqa: E402
 
 TINY = ['--epochs', '2', '--image-size', '16', '--width', '4', '--batch-size', '16',
@@ -42,6 +43,16 @@ def load_lesson(name):
 @pytest.fixture(autouse=True, scope='session')
 def one_thread():
     torch.set_num_threads(1)  # tiny batches: more threads only get into each other's way
+
+
+@pytest.fixture(autouse=True)
+def empty_curves(monkeypatch):
+    """Plotting takes longer than a tiny epoch. The run of `trained` has the real curves.png."""
+    def plot_nothing(history, args):
+        with data.atomic_write(args.out / 'curves.png'):
+            pass
+
+    monkeypatch.setattr(train, 'plot_curves', plot_nothing)
 
 
 def bars(count, seed):

@@ -1,4 +1,4 @@
-"""Course task 3.2, the energy-based model: laws of model.py in the order in which it is built.
+"""Course task 3.2, the energy-based model: what holds in model.py, in the order of building.
 
 First the energies of the logits, then the network and its first convolution. After them comes what
 all scripts share: checkpoints, flags, devices and the way in which mistakes are told.

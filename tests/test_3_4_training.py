@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import sampler
@@ -375,6 +376,7 @@ def test_a_run_leaves_its_files(trained):
     """Checkpoints, logs, curves and samples, in the formats of the contract; no temporary files."""
     names = ['best.pt', 'curves.png', 'last.pt', 'log.csv', 'samples', 'updates.csv']
     assert sorted(path.name for path in trained.iterdir()) == names
+    assert Image.open(trained / 'curves.png').size == (1200, 350)
     pictures = sorted(path.name for path in (trained / 'samples').iterdir())
     assert pictures == ['epoch_001.png', 'epoch_002.png']
     rows = read_log(trained)
@@ -428,7 +430,7 @@ def test_validation_negatives_are_the_lie_of_the_data():
     assert train.validate(model, split, args)['val_auroc'] == 0
 
 
-# --- one law: the temperature and the levels of the classes ---------------------------------------
+# --- the distribution: its temperature, and the levels of the classes -----------------------------
 
 def middle(energy):
     """The median as `validate` takes it, of the logits: the upper one of an even number."""

@@ -1,5 +1,5 @@
-"""Course task 3.5: the laws behind the modes of generate.py, most of them seen through its command
-line, in the order of the modes."""
+"""Course task 3.5: what must hold in the modes of generate.py, mostly seen through its command line,
+in the order of the modes."""
 import csv
 import re
 
@@ -285,8 +285,8 @@ def test_states_of_many_chains(plain):
 
 
 def test_chains_that_mix_and_chains_that_do_not(plain, tmp_path, capsys, monkeypatch):
-    """States that are drawn independently have R-hat 1 and are worth their number; chains that stay
-    where they are have a large R-hat and are worth one state each. If the energies or one corner of
+    """States that are drawn independently have R-hat 1 and count in full; chains that stay where
+    they are have a large R-hat and count as one state each. If the energies or one corner of
     the images differ, chains do not mix either."""
     def told(move):
         def sgld(energy, x, steps, callback, generator, **_):
@@ -300,7 +300,7 @@ def test_chains_that_mix_and_chains_that_do_not(plain, tmp_path, capsys, monkeyp
         args.settings = {'steps': 400}
         generate.tell_mixing(None, load_model(plain)[1], args)
         line = capsys.readouterr().out
-        numbers = re.search(r'R-hat (\S+) .* worth (\d+)', line).groups()
+        numbers = re.search(r'R-hat (\S+) .* sample size (\d+)', line).groups()
         return [float(n) for n in numbers]
 
     def level(k, noise, start):
@@ -311,14 +311,14 @@ def test_chains_that_mix_and_chains_that_do_not(plain, tmp_path, capsys, monkeyp
         return noise
 
     seeds = torch.Generator().manual_seed(1)
-    r_hat, worth = told(lambda k, noise, start: noise)
-    assert abs(r_hat - 1) < .02 and 400 < worth < 2500, (r_hat, worth)  # of 1600
-    r_hat, worth = told(lambda k, noise, start: start + .01 * noise)
-    assert r_hat > 2 and 6 < worth < 10, (r_hat, worth)
+    r_hat, ess = told(lambda k, noise, start: noise)
+    assert abs(r_hat - 1) < .02 and 400 < ess < 2500, (r_hat, ess)  # of 1600
+    r_hat, ess = told(lambda k, noise, start: start + .01 * noise)
+    assert r_hat > 2 and 6 < ess < 10, (r_hat, ess)
     for move in (level, corner):
-        r_hat, worth = told(move)
+        r_hat, ess = told(move)
         assert r_hat > 1.1, move
-    r_hat, worth = told(lambda k, noise, start: noise + 50 * start * (k < 200))
+    r_hat, ess = told(lambda k, noise, start: noise + 50 * start * (k < 200))
     assert r_hat < 1.1, 'the first half is left out: chains are still on their way'
 
 
@@ -540,7 +540,7 @@ def test_compositions_of_two_energies(warm, tmp_path, monkeypatch):
     monkeypatch.setattr(generate, 'draw', spy)
     run(warm, tmp_path, '--classes', 'stand', 'lie', '--count', 2, mode='compose')
     mixture = -.5 * float(np.log(np.exp(-1 / .5) + np.exp(-2 / .5)))
-    wanted = {'E1': 1., 'E2': 2., 'a product of laws is a sum of energies': 3.,
+    wanted = {'E1': 1., 'E2': 2., 'a product of densities is a sum of energies': 3.,
               'the mixture adds the densities': mixture, 'the negation: 1, and not 2': .6}
     for energy in energies:
         for name, pair, value in zip(wanted, energy.view(5, 2), wanted.values()):
@@ -615,7 +615,7 @@ def test_heat_map():
 # --- evaluate -------------------------------------------------------------------------------------
 
 def test_frechet_distance_of_normal_laws():
-    """For two diagonal normal laws it is |mean difference|^2 + the sum of (s_a - s_b)^2, and 0 of a
+    """For two diagonal normals it is |mean difference|^2 + the sum of (s_a - s_b)^2, and 0 of a
     set and itself."""
     generator = torch.Generator().manual_seed(0)
     z = torch.randn(2000, 3, generator=generator, dtype=torch.float64)
@@ -628,8 +628,9 @@ def test_frechet_distance_of_normal_laws():
     assert generate.frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
 
 
-def test_halves_are_disjoint_and_paired_by_class():
-    """Two disjoint sets with the same labels, of each class as many as it has pairs, or `count`."""
+def test_halves_are_disjoint_and_paired_by_class(capsys):
+    """Two disjoint sets with the same labels, of each class as many as it has pairs, or `count`.
+    Without two pairs of a class there is nothing to compare within it."""
     order = torch.randperm(32, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0] * 7 + [1] * 4 + [2] + [4] * 20)[order]
     first, second = generate.paired_halves(labels, 500, 0)
@@ -638,6 +639,10 @@ def test_halves_are_disjoint_and_paired_by_class():
     assert labels[first].bincount().tolist() == [3, 2, 0, 0, 10]
     few, other_seed = [generate.paired_halves(labels, 5, seed)[0] for seed in (0, 1)]
     assert len(few) == 5 and not torch.equal(few, other_seed)
+    for labels in (torch.arange(9), torch.arange(9).repeat(3)):
+        with pytest.raises(SystemExit):
+            generate.paired_halves(labels, 500, 0)
+        assert 'no class has two pairs' in capsys.readouterr().err
 
 
 def test_distinct_by_hand():

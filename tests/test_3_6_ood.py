@@ -124,7 +124,7 @@ def test_bootstrap_is_the_auroc_of_the_draws():
 
 
 def test_interval_has_the_right_width():
-    """Of two normal laws, the interval holds the true AUROC and is as wide as theory says, and
+    """Of two normal densities, the interval holds the true AUROC and is as wide as theory says, and
     another seed gives another interval."""
     random = np.random.default_rng(0)
     pair = random.normal(size=400), random.normal(1., size=400)
@@ -449,8 +449,8 @@ def test_trust(trained, others, tmp_path, monkeypatch):
                     for name in ('JEM', 'plain')}
     assert len(temperatures['JEM']) == 3
     assert 1. in temperatures['JEM'] and 1. in temperatures['plain']
-    law = load_model(trained / 'best.pt')[0].temperature
-    assert min(temperatures['JEM']) == pytest.approx(law, rel=1e-4)
+    t = load_model(trained / 'best.pt')[0].temperature
+    assert min(temperatures['JEM']) == pytest.approx(t, rel=1e-4)
     balls = [('Linf', '0'), ('Linf', '0.1'), ('L2', '0'), ('L2', '1')]
     assert [(row['model'], row['norm'], row['radius']) for row in rows] == [
         (name, *ball) for name in ('JEM', 'plain', 'JEM after 5 SGLD steps') for ball in balls]

@@ -42,6 +42,12 @@ def write_picture(path, size):
     data.save_grid(torch.rand(1, 1, 200, size // 200) * 2 - 1, path, 1)
 
 
+def test_a_number_without_a_column_gets_one(tmp_path):
+    """As of a loss that a student adds: the known columns come first."""
+    data.write_csv([{'b': 1}, {'b': 2, 'new': .5}], ['a', 'b'], tmp_path / 'file')
+    assert (tmp_path / 'file').read_text().splitlines() == ['a,b,new', ',1,', ',2,0.5']
+
+
 @pytest.mark.parametrize('write', [write_checkpoint, write_cache, write_table, write_picture])
 def test_full_disk(write, tmp_path):
     """Where there is no more room the older file stays as it was, with nothing beside it, and an

@@ -107,6 +107,7 @@ def paper(monkeypatch):
     """A CPU with CUDA graphs."""
     monkeypatch.setattr(PaperGenerator, 'usable', True)
     monkeypatch.setattr(PaperStream, 'current', 'default')
+    monkeypatch.setattr(CudaGraph, 'failed', False)
     for name, value in {'CUDAGraph': PaperGraph, 'graph': Recording, 'Stream': PaperStream,
                         'current_stream': lambda: PaperStream(PaperStream.current),
                         'stream': PaperStream}.items():
@@ -151,6 +152,25 @@ def test_a_chain_that_cannot_be_recorded_is_drawn_plainly(paper, monkeypatch, ca
     assert PaperGenerator.usable and PaperStream.current == 'default'
 
 
+def test_a_failed_recording_ends_the_replays_of_others(paper, monkeypatch, capsys):
+    """All graphs draw from one generator, which gets another state when a recording fails."""
+    def noise(x):
+        return x + torch.randn(x.shape, generator=generator)
+
+    x, generator = torch.zeros(3), PaperGenerator().manual_seed(1)
+    first, second = CudaGraph(noise, generator), CudaGraph(noise, generator)
+    drawn = [first(x), first(x)]
+    with monkeypatch.context() as broken:
+        broken.setattr(Recording, 'fails', True)
+        drawn.append(second(x))
+    calls = []
+    monkeypatch.setattr(PaperGraph, 'replay', lambda graph: calls.append(graph))
+    drawn += [first(x), second(x)]
+    assert not calls and capsys.readouterr().out.count('no CUDA graph') == 1
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(torch.stack(drawn), torch.stack([noise(x) for _ in range(5)]))
+
+
 # --- processes and waiting ------------------------------------------------------------------------
 
 @pytest.mark.parametrize('device', ['cuda', 'cpu'])
@@ -164,6 +184,7 @@ def test_processes_talk_through_gloo_beside_nccl(monkeypatch, device):
 
     monkeypatch.setenv('LOCAL_RANK', '0')
     monkeypatch.setattr(dist, 'init_process_group', stop)
+    monkeypatch.setattr(train, 'choose_device', torch.device)
     monkeypatch.setattr(torch.cuda, 'set_device', said.append)
     monkeypatch.setattr(train, 'parse_args', lambda _: SimpleNamespace(device=torch.device(device)))
     with pytest.raises(SystemExit):
@@ -172,6 +193,29 @@ def test_processes_talk_through_gloo_beside_nccl(monkeypatch, device):
     assert backends['cpu'] == 'gloo'
     assert backends['cuda'] == ('nccl' if device == 'cuda' else 'gloo')
     assert said == ([torch.device('cuda:0')] if device == 'cuda' else [])
+
+
+@pytest.mark.parametrize('device, local_rank, used', [
+    ('cuda', None, 'cuda:0'), ('cuda:1', None, 'cuda:1'), ('cuda', '2', 'cuda:2')])
+def test_the_gpu_that_is_chosen_becomes_the_current_one(monkeypatch, device, local_rank, used):
+    """CUDA graphs are recorded on the current GPU; that of chains on another would be empty."""
+    current = []
+
+    def stop(*_, **__):
+        raise SystemExit
+
+    if local_rank:
+        monkeypatch.setenv('LOCAL_RANK', local_rank)
+    monkeypatch.setattr(dist, 'init_process_group', lambda _: None)
+    monkeypatch.setattr(train, 'load_data', stop)
+    monkeypatch.setattr(train, 'choose_device', torch.device)
+    monkeypatch.setattr(torch.cuda, 'set_device', current.append)
+    args = SimpleNamespace(device=torch.device(device), data='', image_size=16, data_root='',
+                           seed=0, resume=None)
+    monkeypatch.setattr(train, 'parse_args', lambda _: args)
+    with pytest.raises(SystemExit):
+        train.main()
+    assert [*map(str, current), str(args.device)] == [used, used]
 
 
 class NothingIsBrought(TorchDispatchMode):
@@ -263,11 +307,12 @@ def test_graph_is_the_plain_chain_on_a_gpu(monkeypatch, glyphs, tmp_path, precis
 
 
 @on_gpu
-def test_plain_chains_after_a_failed_recording_on_a_gpu(capsys):
+def test_plain_chains_after_a_failed_recording_on_a_gpu(monkeypatch, capsys):
     """A function that reads from the GPU cannot be recorded; it is called as it is."""
     def noise(x, generator):
         return x + torch.randn(x.shape, generator=generator, device='cuda') * x.sum().item()
 
+    monkeypatch.setattr(CudaGraph, 'failed', False)
     x, generator = torch.ones(3, device='cuda'), torch.Generator('cuda').manual_seed(1)
     graph = CudaGraph(partial(noise, generator=generator), generator)
     drawn = [graph(x).tolist(), graph(x).tolist()]

@@ -17,7 +17,7 @@ from PIL import Image
 import data
 import train
 from conftest import QUICK, TINY
-from model import load_model
+from model import has_bf16, load_model
 from test_3_4_training import read_log
 
 
@@ -43,12 +43,6 @@ def assert_same(a, b):
             assert torch.equal(a[key], b[key]), key
         else:
             assert a[key] == b[key] or a[key] != a[key], key  # NaN is equal to nothing
-
-
-@pytest.fixture(autouse=True)
-def empty_curves(monkeypatch):
-    """Plotting takes longer than a tiny epoch. Other tests have the real curves.png."""
-    monkeypatch.setattr(train, 'plot_curves', lambda _, args: (args.out / 'curves.png').touch())
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -226,10 +220,13 @@ def test_every_kind_of_run_trains(glyphs, tmp_path, flags):
     assert (tmp_path / 'samples').exists() == ('--px-weight' not in flags)
 
 
-@pytest.mark.parametrize('precision', ['fp32', 'bf16'])
+PRECISIONS = ['fp32', 'bf16'] if has_bf16(torch.device('cpu')) else ['fp32']
+
+
+@pytest.mark.parametrize('precision', PRECISIONS)
 def test_joint_model_learns(glyphs, tmp_path, precision):
-    """A JEM learns the bars in fp32 and bf16, and uniform noise gets a higher energy than they
-    have."""
+    """A JEM learns the bars, in bf16 where that is fast, too, and uniform noise gets a higher
+    energy than they have."""
     train.main(['--data', str(glyphs), '--out', str(tmp_path), *QUICK, '--epochs', '40', '--lr',
                 '.006', '--sgld-steps', '4', '--width', '8', '--picture-every', '40',
                 '--precision', precision])
@@ -344,17 +341,6 @@ def test_a_run_is_not_overwritten_unasked(trained, glyphs, refused):
     message = refused(train.main, '--data', glyphs, '--out', trained, *QUICK)
     assert all(flag in message for flag in ('--resume', '--overwrite', '--out'))
     assert before == {path: path.read_bytes() for path in trained.iterdir() if path.is_file()}
-
-
-def test_help_prints_the_real_defaults(capsys):
-    """--help opens with what the script does and prints every default, 0 among them, but no empty
-    one."""
-    with pytest.raises(SystemExit) as stop:
-        train.main(['--help'])
-    text = ' '.join(capsys.readouterr().out.split())
-    assert stop.value.code == 0
-    assert 'Train an energy-based model' in text and 'default: None' not in text
-    assert 'random seed (default: 0)' in text and 'in an update (default: 32)' in text
 
 
 # --- notebooks and large pictures -----------------------------------------------------------------
