@@ -119,8 +119,8 @@ def load_model(path, device='cpu', precision='fp32'):
         _ = [checkpoint[key] for key in ('class_names', 'args', 'data', 'sampler')]  # or KeyError
         for old, new in zip(checkpoint['network'].splitlines(), str(model).splitlines()):
             if old != new:  # the weights may fit all the same, as with another stride
-                reason = f'trained with{old}, while model.py builds{new} now'
-                raise ValueError(reason)
+                raise ValueError(reason := f'trained with{old}, while model.py builds{new} now')
+        reason = 'trained with another network than that of model.py now'
         model.load_state_dict(checkpoint['weights'])
     except Exception as error:  # torch.load raises many kinds of exceptions for damaged files
         raise CheckpointError(f'{path}: {reason}; train one with python train.py') from error
