@@ -95,12 +95,11 @@ if [ -n "${GLYPHS:-}" ]; then
         classifier plain-glyphs-$seed "$GLYPHS" $seed 3 32
         run glyphs-$seed "$GLYPHS" $seed $judge --epochs 3
         run glyphs-stored-$seed "$GLYPHS" $seed $judge --epochs 3 --anneal-every 0
+        run glyphs-full-$seed "$GLYPHS" $seed $judge --epochs 3 --chains-after 0 --anneal-every 0
         run glyphs-matching-$seed "$GLYPHS" $seed $judge --epochs 3 --contrast 0
         run glyphs-time-$seed "$GLYPHS" $seed $judge --epochs 6 --contrast 0
+        run glyphs-chains-$seed "$GLYPHS" $seed $judge --epochs 3 --matching 0
     done
-    run glyphs-full-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --chains-after 0 --anneal-every 0
-    run glyphs-full-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 3 --chains-after 0 --anneal-every 0
-    run glyphs-chains-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 3 --matching 0
     run glyphs-late-10 "$GLYPHS" 0 judge-glyphs-0 --epochs 10
     run glyphs-late-60-0 "$GLYPHS" 0 judge-glyphs-0 --epochs 60
     run glyphs-late-60-1 "$GLYPHS" 1 judge-glyphs-1 --epochs 60
