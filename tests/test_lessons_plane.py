@@ -38,7 +38,7 @@ def test_annealing_brackets_log_z():
 
 def test_a_short_run_learns_and_is_the_same_again(tmp_path, capsys, monkeypatch):
     """Likelihood rises above the uniform density's; same seed, same numbers and same picture."""
-    for name, value in {'SETS': ['moons'], 'CHAINS': 50, 'LENGTH': 20, 'LAWS': 10}.items():
+    for name, value in {'SETS': ['moons'], 'CHAINS': 50, 'LENGTH': 20, 'LEVELS': 10}.items():
         monkeypatch.setattr(plane, name, value)
     outputs, pictures = [], []
     for out in (tmp_path / 'a', tmp_path / 'b'):
