@@ -197,7 +197,8 @@ def test_levels_that_pillow_wraps_are_refused(levels, kind, tmp_path):
 def test_blank_images_of_ones_own_are_told(tmp_path, glyphs, capsys):
     np.save(tmp_path / 'own.npy', np.stack([np.eye(20), np.ones((20, 20))]))
     load_ood(str(tmp_path / 'own.npy'), load_data(str(glyphs), 16))
-    assert 'own.npy: 1 of 2 images are blank' in capsys.readouterr().err
+    assert 'own.npy: 1 of 2 images are blank' in capsys.readouterr().err, (
+        '`prepare` makes an image of one level 0, which is counted')
 
 
 def test_photographs_stand_upright(tmp_path):
