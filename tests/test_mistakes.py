@@ -324,10 +324,10 @@ def test_as_a_process(desk):
 
 
 def test_a_notebook_that_calls_the_script(desk):
-    """`!python train.py` in a notebook inherits a matplotlib backend that may not be installed."""
+    """`!python generate.py` there inherits a matplotlib backend that may not be installed."""
     backend = 'module://matplotlib_inline.backend_inline'
-    done = subprocess.run([sys.executable, train.__file__, '--resume', '--out', 'run', *CPU,
-                           '--epochs', '3'], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, generate.__file__, '--ckpt', 'run/best.pt', *CPU,
+                           '--count', '1', '--steps', '2'], capture_output=True, text=True,
                           env={**os.environ, 'MPLBACKEND': backend})
     assert done.returncode == 0, done.stderr
 
