@@ -120,7 +120,7 @@ def chain(model, checkpoint, args):
 def tell_mixing(energy, checkpoint, args):
     """Eight chains of the first row's class: print R-hat (Gelman and Rubin 1992) and the effective
     sample size of their second halves: the worst over the energy and the brightness of four
-    quarters (some 60 % of perfect draws). If all energies fall alike, R-hat is too low."""
+    quarters (perfect draws: some 60 %). If all energies fall alike, R-hat is too low."""
     streams, z = start_noise(8, checkpoint, args)
     trace = []
 

@@ -86,7 +86,7 @@ def hmc(energy, x, steps, step_size, noise=None, grad_clip=None, clamp=(-1., 1.)
             new_e, new_kick = energy_and_kick(q)
             p = p - new_kick
         rise = (new_e - e) / t + (p.square() - p_start.square()).flatten(1).sum(1) / 2  # of H, (B,)
-        # -log u is distributed as (z1^2 + z2^2) / 2; `randn` has a stream for each chain.
+        # -log u, u uniform, is distributed as (z1^2 + z2^2) / 2, from each chain's own stream.
         accept = rise < randn((len(x), 2), generator, x.device).square().sum(1) / 2  # (B,)
         mask = accept.view(-1, *[1] * (x.dim() - 1))  # (B,) -> (B, 1, 1, 1)
         x, kick = torch.where(mask, q, x), torch.where(mask, new_kick, kick)
@@ -127,7 +127,7 @@ def chain_settings(sampler, kind, steps=None, step_size=None, noise=None):
 
 def temperature(sampler):
     """T = noise^2 / (2 step_size) of the stored chains, at least 1e-9; by default 2.6e-5 at 56x56.
-    Steps are large: in a valley of `matching_step` chains have 1.2 times exp(-E/T)'s variance."""
+    Steps are large: in a valley of `matching_step` the variance is 1.2 times that of exp(-E/T)."""
     settings = chain_settings(sampler, 'training')
     return max(1e-9, settings['noise'] ** 2 / (2 * settings['step_size']))
 
