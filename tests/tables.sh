@@ -43,6 +43,7 @@ for seed in 0 1 2; do
     classifier $judge letterpress $seed 3 48
     classifier plain-letterpress-$seed letterpress $seed 3 32
     run letterpress-$seed letterpress $seed $judge --epochs 3
+    run letterpress-two-$seed letterpress $seed $judge --epochs 3 --anneal-every 2
     run letterpress-stored-$seed letterpress $seed $judge --epochs 3 --anneal-every 0
     run letterpress-full-$seed letterpress $seed $judge --epochs 3 --chains-after 0 --anneal-every 0
     run letterpress-matching-$seed letterpress $seed $judge --epochs 3 --contrast 0
