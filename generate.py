@@ -400,7 +400,7 @@ def evaluate(model, checkpoint, args):
         print(f'{name:9}', *[f' {key} {value:.3f}' for key, value in row.items()])
         rows.append({'images': name, **row, 'n': len(y)})
     write_csv(rows, list(rows[0]), args.out / 'evaluate.csv')
-    logits = judge_features(judge, x, args)[2]  # (N, K)
+    # The samples came last, so these logits are theirs.
     least = logits.softmax(1)[torch.arange(len(y)), y].argsort()[:64]  # (N, K) -> (N,) -> (64,)
     save_grid(x[least], args.out / 'evaluate.png', 8, 'samples of the lowest p(y|x) of the judge, '
               'and the class asked for', captions=class_names(y[least], checkpoint))

@@ -614,7 +614,7 @@ def test_heat_map():
 
 # --- evaluate -------------------------------------------------------------------------------------
 
-def test_frechet_distance_of_normal_laws():
+def test_frechet_distance_of_normal_densities():
     """For two diagonal normals it is |mean difference|^2 + the sum of (s_a - s_b)^2, and 0 of a
     set and itself."""
     generator = torch.Generator().manual_seed(0)

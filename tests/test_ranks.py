@@ -1,4 +1,4 @@
-"""Laws of training in several processes, which talk through gloo on the CPU.
+"""Training in several processes, which talk through gloo on the CPU.
 
 One run is started by torchrun itself. The others get the environment that torchrun gives from us,
 because each of its processes needs seconds to import torch.
