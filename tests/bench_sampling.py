@@ -7,7 +7,7 @@
 The loop of the tutorials, in our own words: parameters frozen by flags, `.backward()` on the summed
 energies, noise and clipping in place, the reservoir a Python list of single images on the CPU. Both
 draw with the same weights, batch, step size, noise and clip. The last columns tell whether they
-draw from the same distribution: mean energies after K steps from the same starts, and the standard error of
+sample alike: mean energies after K steps from the same starts, and the standard error of
 their difference. Speeds are image-steps of SGLD a second, medians of pairs (least, most).
 """
 import argparse

@@ -1,5 +1,5 @@
-"""Course task 3.5: what must hold in the modes of generate.py, mostly seen through its command line,
-in the order of the modes."""
+"""Course task 3.5: what must hold in the modes of generate.py, mostly through its command line, in
+the order of the modes."""
 import csv
 import re
 
